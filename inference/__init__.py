@@ -1,0 +1,1 @@
+"""The model: torch, transformers, safetensors. Knows nothing of peers and sockets."""

@@ -1,0 +1,163 @@
+"""The KV cache of a session, and the budget that all sessions of a node share.
+
+A session has ``batch`` **lanes**, one for each row of its batch. Lane b's first ``padding[b]``
+positions are left padding: they are never computed and never cached, so a lane's own position is
+``max(0, position - padding[b])`` and its attention sees real tokens only.
+
+Per lane and block, keys and values lie head-major and contiguous, ``[heads, capacity, head_dim]``,
+so that a slice of them goes straight into attention. Capacity doubles as tokens come, up to what
+the session reserved: a session that reserves much and uses little costs little.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..protocol.errors import CacheFull, LocalProtocolError
+
+_FIRST_CAPACITY = 64
+_RETRY_AFTER = 5.0
+"""Seconds; about what a short answer takes. Nobody knows when a session will end."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What a cached token of one block looks like."""
+
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token in one block."""
+        return 2 * self.heads * self.head_dim * self.dtype.itemsize
+
+
+class LaneCache:
+    """Keys and values of one row of a session's batch, for every block that the session uses."""
+
+    def __init__(self, shape: CacheShape, max_tokens: int) -> None:
+        self.length = 0
+        """Tokens that every block has consumed."""
+        self._shape = shape
+        self._max_tokens = max_tokens
+        self._blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def append(
+        self, block: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write ``[heads, rows, head_dim]`` behind the ``length`` cached tokens of ``block``.
+
+        Returns keys and values of all ``length + rows`` tokens as views of the cache. ``length``
+        stays: the caller raises it once all blocks have run, so that a round that fails half-way
+        leaves nothing behind.
+        """
+        total = self.length + keys.shape[1]
+        if total > self._max_tokens:
+            raise LocalProtocolError(f"{total} tokens in a cache reserved for {self._max_tokens}")
+        cached_keys, cached_values = self._room(block, total)
+        cached_keys[:, self.length : total] = keys
+        cached_values[:, self.length : total] = values
+        return cached_keys[:, :total], cached_values[:, :total]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the keys and values are."""
+        return self._shape.device
+
+    def _room(self, block: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+        old = self._blocks.get(block)
+        capacity = 0 if old is None else old[0].shape[1]
+        if old is not None and total <= capacity:
+            return old
+        capacity = min(self._max_tokens, max(total, 2 * capacity, _FIRST_CAPACITY))
+        size = (self._shape.heads, capacity, self._shape.head_dim)
+        keys = torch.empty(size, dtype=self._shape.dtype, device=self._shape.device)
+        values = torch.empty_like(keys)
+        if old is not None:
+            keys[:, : self.length] = old[0][:, : self.length]
+            values[:, : self.length] = old[1][:, : self.length]
+        self._blocks[block] = keys, values
+        return keys, values
+
+
+class SessionCache:
+    """The lanes of one session and the position that they hold."""
+
+    def __init__(
+        self, shape: CacheShape, *, batch: int, max_tokens: int, padding: Sequence[int] = ()
+    ) -> None:
+        padding = tuple(padding) or (0,) * batch
+        if batch < 1 or max_tokens < 1:
+            raise LocalProtocolError(
+                f"a session needs batch >= 1 and max_tokens >= 1, got {batch} and {max_tokens}"
+            )
+        if len(padding) != batch or any(not 0 <= skipped < max_tokens for skipped in padding):
+            raise LocalProtocolError(
+                f"padding must give {batch} numbers from 0 to {max_tokens - 1}, got {padding}"
+            )
+        self.max_tokens = max_tokens
+        self.padding = padding
+        self.lanes = tuple(LaneCache(shape, max_tokens - skipped) for skipped in padding)
+        self.position = 0
+        """Tokens of the session that are cached, padding included."""
+
+    def padding_rows(self, lane: int, position: int, rows: int) -> int:
+        """How many of the ``rows`` from ``position`` on are padding of ``lane``."""
+        return min(max(self.padding[lane] - position, 0), rows)
+
+    def truncate(self, position: int) -> None:
+        """Forget everything from ``position`` on; the memory stays for what follows."""
+        self.advance(min(self.position, position))
+
+    def advance(self, position: int) -> None:
+        """All lanes hold the tokens before ``position``; their memory has been written."""
+        self.position = position
+        for lane, skipped in zip(self.lanes, self.padding, strict=True):
+            lane.length = max(0, position - skipped)
+
+
+class Reservation:
+    """A session's part of the budget; freed once, however often ``release`` is called."""
+
+    def __init__(self, pool: "CachePool", tokens: int) -> None:
+        self._pool = pool
+        self._tokens = tokens
+
+    def release(self) -> None:
+        """Give the tokens back."""
+        self._pool.used -= self._tokens
+        self._tokens = 0
+
+
+class CachePool:
+    """A budget in tokens: one token is one row of KV cache in every block of the node.
+
+    Not thread-safe; the engine holds its lock around every call.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        """The whole budget."""
+        self.used = 0
+        """What sessions have reserved."""
+
+    def reserve(self, tokens: int) -> Reservation:
+        """Take ``tokens``. Raises CacheFull when they are not there."""
+        if tokens > self.tokens:
+            raise CacheFull(
+                f"the session needs {tokens} tokens of KV cache, but this node has only "
+                f"{self.tokens} in all; ask for fewer tokens or a smaller batch",
+                retry_after=None,
+            )
+        if tokens > self.tokens - self.used:
+            raise CacheFull(
+                f"the session needs {tokens} tokens of KV cache, but only "
+                f"{self.tokens - self.used} of {self.tokens} are free now",
+                retry_after=_RETRY_AFTER,
+            )
+        self.used += tokens
+        return Reservation(self, tokens)

@@ -1,0 +1,271 @@
+"""A model's checkpoint: what it is, and loading the part of it that this node needs.
+
+Loading a span, or the ends, reads the tensors of that part only, from the files that hold them,
+one tensor at a time straight into its place on the device, in the dtype asked for. The modules are
+built on the meta device, so no tensor is ever in memory twice.
+
+Whatever is wrong with a model raises ModelError, in words.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..protocol.errors import ModelError
+from ..protocol.span import Span
+from .cache import CacheShape
+from .device import resolve_device, resolve_dtype
+from .families import Dimensions, Family, find_family
+from .fingerprint import compute_fingerprint
+from .hub import FolderSource, Source, open_source
+from .linear import swap_linears
+from .model import Blocks, Ends
+from .weights import Weights, open_weights, read_json
+
+Progress = Callable[[str], None]
+"""Told in words what is being done, before each part of it that takes a while."""
+
+
+class Checkpoint:
+    """An opened checkpoint. Made by ``open_checkpoint``."""
+
+    def __init__(
+        self,
+        source: Source,
+        family: Family,
+        config: Any,
+        weights: Weights,
+        *,
+        fingerprint: str,
+        generation_config: Mapping[str, Any] | None,
+        cache_dir: Path | None,
+    ) -> None:
+        self.name = source.name
+        """What the user called it: ``demo``, a path, or a hub id."""
+        self.config = config
+        """transformers' config object."""
+        self.family = family
+        self.dimensions: Dimensions = family.dimensions(config)
+        self.fingerprint = fingerprint
+        """Hexadecimal; see ``fingerprint.py`` for what it covers."""
+        self._source = source
+        self._weights = weights
+        self._cache_dir = cache_dir
+        self._generation_config = generation_config
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the model has."""
+        return self.dimensions.num_blocks
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the hidden states between blocks."""
+        return self.dimensions.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits the head gives."""
+        return self.dimensions.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model was trained for."""
+        return self.dimensions.max_length
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that the weights are stored in, if the config says."""
+        dtype = getattr(self.config, "dtype", None)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None)
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, as ``generate`` would have them."""
+        value = self._special_token("eos_token_id")
+        if isinstance(value, int):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else ()
+
+    @property
+    def pad_token_id(self) -> int:
+        """What to fill up a batch with; the end of text when the model has no padding token."""
+        value = self._special_token("pad_token_id")
+        return value if isinstance(value, int) else next(iter(self.eos_token_ids), 0)
+
+    def _special_token(self, name: str) -> object:
+        if self._generation_config is not None:  # then it alone counts, as for transformers
+            return self._generation_config.get(name)
+        return getattr(self.config, name, None)
+
+    def cache_shape(self, dtype: torch.dtype, device: torch.device) -> CacheShape:
+        """What a cached token of one block looks like, in ``dtype`` on ``device``."""
+        return CacheShape(self.dimensions.cache_heads, self.dimensions.head_dim, dtype, device)
+
+    def block_parameters(self) -> int:
+        """The number of parameters of one block."""
+        with torch.device("meta"):
+            module = self.family.make_block(self.config, 0)
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    def load_blocks(
+        self,
+        span: Span,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "auto",
+        progress: Progress | None = None,
+    ) -> Blocks:
+        """Load the blocks of ``span``; ``dtype`` and ``device`` as torch's or the user's words."""
+        if span.end > self.num_blocks:
+            raise ModelError(
+                f"blocks {span} were asked for, but {self.name} has {self.num_blocks} blocks: "
+                f"0:{self.num_blocks}"
+            )
+        dtype, device = self._resolve(dtype, device)
+        modules = []
+        for block in range(span.start, span.end):
+            if progress is not None:
+                progress(f"loading block {block} ({block - span.start + 1} of {len(span)})")
+            with torch.device("meta"):
+                module = self.family.make_block(self.config, block)
+            self._fill(module, self.family.block_prefix(block), {}, dtype, device)
+            modules.append(module)
+        slopes = self.family.alibi_slopes(self.config)
+        return Blocks(
+            span,
+            modules,
+            run_block=self.family.run_block,
+            cache_shape=self.cache_shape(dtype, device),
+            hidden_size=self.hidden_size,
+            alibi_slopes=None if slopes is None else slopes.to(device),
+        )
+
+    def load_ends(
+        self, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
+    ) -> Ends:
+        """Load what stands before the first block and behind the last."""
+        dtype, device = self._resolve(dtype, device)
+        with torch.device("meta"):
+            ends = self.family.make_ends(self.config)
+        self._fill(ends, "", self.family.tied(self.config), dtype, device)
+        return ends
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's (fast) tokenizer."""
+        where = self._source.folder if isinstance(self._source, FolderSource) else self.name
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                where,
+                cache_dir=self._cache_dir,
+                local_files_only=isinstance(self._source, FolderSource),
+            )
+        # transformers, tokenizers and the hub raise errors of many classes here.
+        except Exception as error:
+            raise ModelError(f"{self.name}: the tokenizer cannot be loaded: {error}") from error
+        if not tokenizer.is_fast:
+            raise ModelError(f"{self.name}: the model folder needs a tokenizer.json")
+        return tokenizer
+
+    def _resolve(
+        self, dtype: torch.dtype | str, device: torch.device | str
+    ) -> tuple[torch.dtype, torch.device]:
+        if isinstance(device, str):
+            device = resolve_device(device)
+        if isinstance(dtype, str):
+            dtype = resolve_dtype(dtype, device, self.dtype)
+        return dtype, device
+
+    def _fill(
+        self,
+        module: nn.Module,
+        prefix: str,
+        tied: Mapping[str, str],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Load the parameters of ``module``, which is on the meta device, and make it ours."""
+        shapes = {prefix + name: value.shape for name, value in module.state_dict().items()}
+        state: dict[str, torch.Tensor] = {}
+        try:
+            for name, stored in self._weights.read(shapes.keys() - tied.keys()):
+                self._check_shape(name, stored, shapes[name])
+                state[name] = _copy(stored, dtype, device)
+            for name, twin in tied.items():
+                state[name] = state[twin]
+                for _, stored in self._weights.read([name] if name in self._weights else []):
+                    if not _same(stored, state[twin]):
+                        self._check_shape(name, stored, shapes[name])
+                        state[name] = _copy(stored, dtype, device)
+        except (RuntimeError, MemoryError) as error:  # torch's way to say that memory is full
+            raise ModelError(f"{self.name} cannot be loaded onto {device}: {error}") from error
+        module.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in state.items()}, assign=True
+        )
+        module.requires_grad_(False)
+        module.eval()
+        swap_linears(module)
+
+    def _check_shape(self, name: str, stored: torch.Tensor, expected: torch.Size) -> None:
+        if stored.shape != expected:
+            raise ModelError(
+                f"{self.name}: the tensor {name} has shape {tuple(stored.shape)}, "
+                f"config.json calls for {tuple(expected)}"
+            )
+
+
+def open_checkpoint(
+    name_or_path: str | Path,
+    *,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Open ``demo``, a folder in Hugging Face layout, or a model of the hub by its id.
+
+    On the hub, this fetches the config and the index; of an unsharded model the whole weights.
+    ``cache_dir`` is the hub's cache, None its usual place. Raises ModelError in words.
+    """
+    source = open_source(str(name_or_path), cache_dir=cache_dir)
+    if progress is not None:
+        progress(f"opening {source.name}")
+    config_path = source.find("config.json")
+    if config_path is None:
+        raise ModelError(f"{source.name} is no model: {source.missing('config.json')}")
+    raw = read_json(config_path)
+    family = find_family(raw.get("model_type"))
+    if raw.get("quantization_config"):
+        raise ModelError(f"{source.name} is a quantised checkpoint; give the original one")
+    config = family.parse_config(raw)
+    generation_path = source.find("generation_config.json")
+    weights = open_weights(source)
+    if progress is not None and weights.index is None:
+        progress(f"hashing {weights.filenames[0]}")
+    return Checkpoint(
+        source,
+        family,
+        config,
+        weights,
+        fingerprint=compute_fingerprint(family.architecture(config), weights),
+        generation_config=None if generation_path is None else read_json(generation_path),
+        cache_dir=cache_dir,
+    )
+
+
+def _copy(stored: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
+
+
+def _same(stored: torch.Tensor, loaded: torch.Tensor) -> bool:
+    """Whether ``loaded`` is a copy of ``stored``, compared piece by piece to save memory."""
+    if stored.shape != loaded.shape:
+        return False
+    starts = range(0, len(stored), 1024)
+    return all(
+        torch.equal(stored[start : start + 1024].to(loaded), loaded[start : start + 1024])
+        for start in starts
+    )

@@ -1,0 +1,144 @@
+"""BLOOM: fused query-key-value, ALiBi, a layer norm behind the embedding, mostly a tied head.
+
+The forward pass is transformers' ``BloomBlock``, with two things changed: attention is ragged and
+the activation is ``F.gelu``'s tanh approximation, the same function as ``BloomGelu`` without its
+autograd wrapper. Tensor-parallel slices (``pretraining_tp`` with ``slow_but_exact``) are summed
+in one matrix product, which is what they mean.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BloomConfig
+from transformers.models.bloom import modeling_bloom
+
+from ...protocol.errors import ModelError
+from ..attention import Plan, ragged_attention
+from ..model import Ends
+from .family import Dimensions
+
+_ARCHITECTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "n_layer",
+    "n_head",
+    "layer_norm_epsilon",
+    "apply_residual_connection_post_layernorm",
+    "tie_word_embeddings",
+)
+_DEFAULT_LENGTH = 2048
+"""BLOOM's own; configs of its smaller siblings often don't say."""
+
+
+class RaggedBloomAttention(modeling_bloom.BloomAttention):
+    """BLOOM's attention over the rows of many sessions; ``layer_past`` is the ``Plan``."""
+
+    def forward(  # type: ignore[override]  # the arguments that BloomBlock passes, fewer used
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        *,
+        layer_past: Plan,
+        **_unused: object,
+    ) -> tuple[torch.Tensor, None]:
+        """``[1, rows, hidden]`` twice to ``[1, rows, hidden]``."""
+        assert self.layer_idx is not None
+        query, key, value = self._reshape(self.query_key_value(hidden_states))
+        attended = ragged_attention(
+            query, key, value, plan=layer_past, block=self.layer_idx, scale=self.inv_norm_factor
+        )
+        return self.dense(attended) + residual, None
+
+
+class BloomEnds(Ends):
+    """Word embeddings and their layer norm; final layer norm and head."""
+
+    def __init__(self, config: BloomConfig) -> None:
+        super().__init__(config.vocab_size, config.hidden_size)
+        epsilon = config.layer_norm_epsilon
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings_layernorm = nn.LayerNorm(config.hidden_size, eps=epsilon)
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=epsilon)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self.word_embeddings_layernorm(self.word_embeddings(token_ids))
+        return embedded
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.lm_head(self.ln_f(hidden))
+        return logits
+
+
+class Bloom:
+    """The BLOOM family: every ``BloomForCausalLM`` or ``BloomModel`` checkpoint."""
+
+    model_type = "bloom"
+
+    def parse_config(self, raw: dict[str, Any]) -> BloomConfig:
+        """See ``Family``."""
+        try:
+            config = BloomConfig.from_dict(raw | {"pretraining_tp": 1, "slow_but_exact": False})
+        # The config's own validation raises its library's errors, of several unrelated classes.
+        except Exception as error:
+            raise ModelError(f"config.json is not a valid BLOOM config: {error}") from error
+        for name in ("vocab_size", "hidden_size", "n_layer", "n_head"):
+            if getattr(config, name) < 1:
+                raise ModelError(f"config.json: {name} must be positive")
+        if config.hidden_size % config.n_head:
+            raise ModelError(
+                f"config.json: hidden_size {config.hidden_size} is not divisible by "
+                f"n_head {config.n_head}"
+            )
+        return config
+
+    def architecture(self, config: BloomConfig) -> dict[str, Any]:
+        """See ``Family``."""
+        return {name: getattr(config, name) for name in _ARCHITECTURE}
+
+    def dimensions(self, config: BloomConfig) -> Dimensions:
+        """See ``Family``."""
+        length = getattr(config, "seq_length", None)
+        return Dimensions(
+            num_blocks=config.n_layer,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            cache_heads=config.n_head,
+            head_dim=config.hidden_size // config.n_head,
+            max_length=length if isinstance(length, int) and length > 0 else _DEFAULT_LENGTH,
+        )
+
+    def block_prefix(self, block: int) -> str:
+        """See ``Family``."""
+        return f"h.{block}."
+
+    def make_block(self, config: BloomConfig, block: int) -> nn.Module:
+        """See ``Family``."""
+        module = modeling_bloom.BloomBlock(config, layer_idx=block)
+        module.self_attention = RaggedBloomAttention(config, layer_idx=block)
+        module.mlp.gelu_impl = nn.GELU(approximate="tanh")  # type: ignore[assignment]
+        return module
+
+    def run_block(self, module: nn.Module, hidden: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """See ``Family``."""
+        output: torch.Tensor = module(hidden, alibi=None, attention_mask=None, layer_past=plan)[0]
+        return output
+
+    def make_ends(self, config: BloomConfig) -> Ends:
+        """See ``Family``."""
+        return BloomEnds(config)
+
+    def tied(self, config: BloomConfig) -> dict[str, str]:
+        """See ``Family``."""
+        if config.tie_word_embeddings:
+            return {"lm_head.weight": "word_embeddings.weight"}
+        return {}
+
+    def alibi_slopes(self, config: BloomConfig) -> torch.Tensor | None:
+        """See ``Family``."""
+        mask = torch.ones((1, 2))
+        # At position 1 the bias is the slope itself.
+        alibi = modeling_bloom.build_alibi_tensor(mask, config.n_head, torch.float32)
+        return alibi[:, 0, 1].clone()

@@ -1,0 +1,141 @@
+"""Where a model's files come from: a local folder, the embedded model, or the Hugging Face hub.
+
+Files are fetched one by one, when they are needed; on the hub through ``huggingface_hub``, so its
+cache, token, offline mode, resumed downloads and progress bars are those that its users know.
+Every failure is a ModelError in words.
+"""
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from ..protocol.errors import ModelError
+
+DEMO = "demo"
+"""The name of the model that comes with the package."""
+
+
+class Source(Protocol):
+    """Access to the files of one model."""
+
+    name: str
+    """What the user called the model."""
+
+    def find(self, filename: str) -> Path | None:
+        """The local path of a file of the model, fetched if need be; None if it has none such."""
+
+    def missing(self, what: str) -> str:
+        """Why ``what`` could not be had, after ``find`` has returned None."""
+
+
+class FolderSource:
+    """A folder in Hugging Face layout."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+
+    def find(self, filename: str) -> Path | None:
+        """See ``Source``."""
+        path = self.folder / filename
+        return path if path.is_file() else None
+
+    def missing(self, what: str) -> str:
+        """See ``Source``."""
+        return f"the folder {self.folder} holds no {what}"
+
+
+class HubSource:
+    """A model on the Hugging Face hub, such as ``bigscience/bloom-560m``."""
+
+    def __init__(self, name: str, cache_dir: Path | None) -> None:
+        self.name = name
+        self._cache_dir = cache_dir
+        self._unreachable = _why_unreachable(name)
+
+    def find(self, filename: str) -> Path | None:
+        """See ``Source``. Without the hub, only the cache is looked at."""
+        try:
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    self.name,
+                    filename,
+                    cache_dir=self._cache_dir,
+                    local_files_only=self._unreachable is not None,
+                )
+            )
+        except errors.LocalEntryNotFoundError as error:
+            self._unreachable = self._unreachable or str(error)
+            return None
+        except errors.EntryNotFoundError:
+            return None
+        except errors.GatedRepoError as error:
+            raise ModelError(
+                f"{self.name} is gated: accept its terms on the hub, then log in with "
+                "`hf auth login` or set HF_TOKEN"
+            ) from error
+        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+            raise ModelError(
+                f"there is neither a folder {self.name!r} nor a model of that name on the hub "
+                "(for a private model, log in with `hf auth login` or set HF_TOKEN)"
+            ) from error
+        # Transport, disk and cache fail with errors of several libraries, with no common class.
+        except Exception as error:
+            raise ModelError(f"{self.name}: cannot download {filename}: {error}") from error
+
+    def missing(self, what: str) -> str:
+        """See ``Source``."""
+        if self._unreachable is None:
+            return f"the hub has no {what}"
+        return (
+            f"there is no folder of that name, {what} is not in the hub's local cache, and "
+            f"{self._unreachable}"
+        )
+
+
+def _why_unreachable(name: str) -> str | None:
+    """Ask the hub for the model once, without the retries that a download makes.
+
+    None when it answers, whatever it says. So a misspelt path costs no half minute of retries on
+    a machine without network.
+    """
+    if huggingface_hub.is_offline_mode():
+        return "offline mode is on (HF_HUB_OFFLINE)"
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"))
+    except (errors.HfHubHTTPError, errors.FileMetadataError, errors.HFValidationError):
+        return None  # an answer; the download will say what is wrong
+    # The transport's errors share no class with the hub's.
+    except Exception as error:  # noqa: BLE001
+        return f"the hub could not be reached ({error})"
+    return None
+
+
+def open_source(name: str, *, cache_dir: Path | None) -> Source:
+    """The source that ``name`` means: ``demo``, an existing folder, or a hub id."""
+    if name == DEMO:
+        folder = resources.files(__package__) / "demo_model"
+        if not isinstance(folder, Path) or not folder.is_dir():
+            raise ModelError("this installation lacks the demo model; reinstall petals-node")
+        return FolderSource(name, folder)
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return FolderSource(name, path)
+        is_file = path.exists()
+    except (OSError, RuntimeError) as error:  # too long, not permitted, no such home
+        raise ModelError(f"the model folder {name!r} cannot be opened: {error}") from error
+    if is_file:
+        raise ModelError(
+            f"{name} is a file; give the folder that holds the model's config.json and weights"
+        )
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+        raise ModelError(
+            f"there is no folder {name!r}; give demo, the path of a model folder, "
+            "or a hub id such as bigscience/bloom-560m"
+        )
+    return HubSource(name, cache_dir)

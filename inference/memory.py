@@ -1,0 +1,60 @@
+"""How much of a model this machine can hold: blocks, and KV cache beside them."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from .checkpoint import Checkpoint
+
+_USABLE = 0.8
+"""Of the memory that is free; the rest is for activations, the ends, and other programs."""
+_LEAST_CACHE_TOKENS = 8192
+"""Cache that comes with every block: four sessions of BLOOM's full length."""
+_MOST_CACHE_TOKENS = 65_536
+"""More than this is never taken unasked, however small the model."""
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``; on a CPU, within the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        cached = _inactive_file_bytes((_CGROUP / "memory.stat").read_text())
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        return available
+    return max(0, min(available, limit - used + cached))
+
+
+def blocks_that_fit(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
+    """How many blocks of ``checkpoint`` fit into the free memory, with cache to serve them.
+
+    At least 0, at most all of them.
+    """
+    token = checkpoint.cache_shape(dtype, device).bytes_per_token
+    block = checkpoint.block_parameters() * dtype.itemsize + _LEAST_CACHE_TOKENS * token
+    return min(checkpoint.num_blocks, int(free_memory(device) * _USABLE) // block)
+
+
+def default_cache_tokens(
+    checkpoint: Checkpoint, num_blocks: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """A KV cache budget for a node that is about to load ``num_blocks``, in tokens.
+
+    Half of what the blocks leave, within bounds: memory is taken as tokens come, and other nodes
+    may share the machine.
+    """
+    token = checkpoint.cache_shape(dtype, device).bytes_per_token * num_blocks
+    blocks = checkpoint.block_parameters() * dtype.itemsize * num_blocks
+    left = (int(free_memory(device) * _USABLE) - blocks) // 2
+    return max(checkpoint.max_length, min(_MOST_CACHE_TOKENS, left // token))
+
+
+def _inactive_file_bytes(stat: str) -> int:
+    """Page cache that the kernel gives up before it refuses memory, from ``memory.stat``."""
+    fields = dict(line.split() for line in stat.splitlines())
+    return int(fields.get("inactive_file", 0))

@@ -1,0 +1,114 @@
+"""The two halves that a model is taken apart into: ``Blocks`` (a span of them) and ``Ends``.
+
+Both know the model only through its family (``families/``). Neither is thread-safe: one thread of
+a process runs torch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..protocol.errors import ConfigError, LocalProtocolError
+from ..protocol.span import Span
+from .attention import AlibiBias, LaneRows, Plan
+from .cache import CacheShape
+
+RunBlock = Callable[[nn.Module, torch.Tensor, Plan], torch.Tensor]
+
+
+class Blocks:
+    """The blocks of ``span``, loaded, on one device and in one dtype."""
+
+    def __init__(
+        self,
+        span: Span,
+        modules: Sequence[nn.Module],
+        *,
+        run_block: RunBlock,
+        cache_shape: CacheShape,
+        hidden_size: int,
+        alibi_slopes: torch.Tensor | None,
+    ) -> None:
+        self.span = span
+        self.hidden_size = hidden_size
+        self.cache_shape = cache_shape
+        self.dtype = cache_shape.dtype
+        self.device = cache_shape.device
+        self._modules = tuple(modules)
+        self._run_block = run_block
+        self._bias = None if alibi_slopes is None else AlibiBias(alibi_slopes)
+
+    def plan(self, lanes: Sequence[LaneRows]) -> Plan:
+        """The plan for one batch of the rows of ``lanes``, in this order; good for one ``run``."""
+        return Plan(lanes, self._bias)
+
+    @torch.inference_mode()
+    def run(self, hidden: torch.Tensor, plan: Plan, span: Span | None = None) -> torch.Tensor:
+        """Run ``hidden`` ``[1, rows, hidden_size]`` through ``span`` (default: all blocks).
+
+        Writes the rows' keys and values behind what the plan's lanes hold; their lengths are left
+        to the caller. Returns the same shape and dtype.
+        """
+        span = self.span if span is None else span
+        if not self.span.covers(span):
+            raise LocalProtocolError(f"blocks {span} were asked for, {self.span} are loaded")
+        for block in range(span.start, span.end):
+            hidden = self._run_block(self._modules[block - self.span.start], hidden, plan)
+        return hidden
+
+
+class Ends(nn.Module):
+    """What stands before the first block and behind the last: token ids in, logits out.
+
+    A family's subclass says how (``_embed``, ``_logits``); the checks are here.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and hidden states."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @torch.inference_mode()
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 ``[batch, rows]`` to hidden states ``[batch, rows, hidden_size]`` in ``dtype``.
+
+        Raises ConfigError for a token id that the model doesn't know.
+        """
+        if token_ids.dim() != 2 or token_ids.numel() == 0:
+            raise LocalProtocolError(
+                f"token ids must be [batch, rows], got shape {tuple(token_ids.shape)}"
+            )
+        least, most = int(token_ids.min()), int(token_ids.max())
+        if least < 0 or most >= self.vocab_size:
+            raise ConfigError(
+                f"token ids: must be from 0 to {self.vocab_size - 1}, "
+                f"got {least if least < 0 else most}"
+            )
+        return self._embed(token_ids.to(self.device))
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[batch, rows, hidden_size]`` to fp32 ``[batch, rows, vocab_size]``."""
+        if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
+            raise LocalProtocolError(
+                f"hidden states must be [batch, rows, {self.hidden_size}], "
+                f"got shape {tuple(hidden.shape)}"
+            )
+        return self._logits(hidden.to(device=self.device, dtype=self.dtype)).float()
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError

@@ -1,0 +1,121 @@
+"""From logits to tokens, token for token as ``transformers.generate`` chooses them.
+
+The processors are transformers' own, in the order in which ``generate`` applies them: repetition
+penalty; then, when sampling, temperature, top-k, top-p; then ``argmax`` or ``multinomial``. With
+a seed the tokens equal those of ``torch.manual_seed(seed); model.generate(do_sample=True, …)``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..protocol.errors import LocalProtocolError, ModelError
+from .sampling_params import SamplingParams
+
+__all__ = ["Sampler", "SamplingParams"]
+
+
+class Sampler:
+    """Chooses the tokens of one session: a batch of one or more rows of text.
+
+    ``prompt_ids`` is int64 ``[batch, length]``; row b's first ``padding[b]`` tokens are left
+    padding, which the repetition penalty ignores (as ``generate`` does when it gets an attention
+    mask). A row that has drawn one of ``eos_token_ids`` or was given to ``finish`` gets
+    ``pad_token_id`` from then on.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: torch.Tensor | Sequence[Sequence[int]],
+        *,
+        padding: Sequence[int] | None = None,
+        eos_token_ids: Sequence[int] = (),
+        pad_token_id: int = 0,
+    ) -> None:
+        self._ids = torch.as_tensor(prompt_ids, dtype=torch.int64, device="cpu")
+        if self._ids.dim() != 2:
+            raise LocalProtocolError(
+                f"prompt_ids must be [batch, length], got shape {tuple(self._ids.shape)}"
+            )
+        batch = self._ids.shape[0]
+        ignored = torch.tensor(list(padding) if padding else [0] * batch, dtype=torch.int64)
+        if len(ignored) != batch:
+            raise LocalProtocolError(f"padding for {len(ignored)} rows, prompt_ids for {batch}")
+        self._params = params
+        self._processors = _processors(params, ignored)
+        self._eos = torch.tensor(list(eos_token_ids), dtype=torch.int64)
+        self._pad_token_id = pad_token_id
+        self._finished = torch.zeros(batch, dtype=torch.bool)
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """Prompt and tokens so far, int64 ``[batch, length]``."""
+        return self._ids
+
+    @property
+    def finished(self) -> tuple[bool, ...]:
+        """Which rows have ended."""
+        return tuple(self._finished.tolist())
+
+    def finish(self, row: int) -> None:
+        """End ``row``, for example because its text has reached a stop string."""
+        self._finished[row] = True
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor) -> list[int]:
+        """The next token of each row, from fp32 ``logits`` ``[batch, vocab]``.
+
+        Raises ModelError when the logits are NaN: a node computed nonsense.
+        """
+        if logits.shape[0] != self._ids.shape[0] or logits.dim() != 2:
+            raise LocalProtocolError(
+                f"logits must be [{self._ids.shape[0]}, vocab], got shape {tuple(logits.shape)}"
+            )
+        scores = logits.to(device="cpu", dtype=torch.float32, copy=True)
+        if scores.isnan().any():
+            raise ModelError("the logits contain NaN: the model's output cannot be sampled")
+        # transformers writes LongTensor where it takes any int64 tensor.
+        scores = self._processors(self._ids, scores)  # type: ignore[arg-type]
+        if self._params.greedy:
+            tokens = torch.argmax(scores, dim=-1)
+        else:
+            probabilities = torch.softmax(scores, dim=-1)
+            tokens = torch.multinomial(
+                probabilities, num_samples=1, generator=self._generator
+            ).squeeze(1)
+        tokens = tokens.masked_fill(self._finished, self._pad_token_id)
+        self._ids = torch.cat([self._ids, tokens[:, None]], dim=-1)
+        self._finished |= torch.isin(tokens, self._eos)
+        return [int(token) for token in tokens]
+
+
+def _processors(params: SamplingParams, padding: torch.Tensor) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if params.repetition_penalty != 1:
+        processors.append(
+            RepetitionPenaltyLogitsProcessor(
+                float(params.repetition_penalty), prompt_ignore_length=padding
+            )
+        )
+    if params.greedy:
+        return processors
+    if params.temperature != 1:
+        processors.append(TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k:
+        processors.append(TopKLogitsWarper(top_k=params.top_k))
+    if params.top_p < 1:
+        processors.append(TopPLogitsWarper(top_p=float(params.top_p)))
+    return processors

@@ -1,0 +1,196 @@
+"""The weight files of a checkpoint: which file holds which tensor, and reading those asked for.
+
+Names are canonical (``families/family.py``): without the ``transformer.`` or ``model.`` that some
+checkpoints put in front. Only files that hold a tensor asked for are fetched and opened, and a
+tensor that is read is a view of the mapped file until its reader copies it.
+
+Nothing in a checkpoint executes: safetensors, or pickles under ``weights_only``.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..protocol.errors import ModelError
+from .hub import Source
+
+_STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Other dtypes are quantised in ways that need more than a conversion."""
+
+Reader = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor is."""
+
+    filename: str
+    key: str
+    """Its name in the file."""
+
+
+class Weights:
+    """The index of a checkpoint's tensors. Made by ``open_weights``."""
+
+    def __init__(
+        self, source: Source, places: dict[str, Place], *, index: dict[str, Any] | None
+    ) -> None:
+        self._source = source
+        self._places = places
+        self.index = index
+        """The parsed index file of a sharded checkpoint; None for a single file."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    @property
+    def filenames(self) -> list[str]:
+        """All weight files, sorted; most of them are perhaps not here."""
+        return sorted({place.filename for place in self._places.values()})
+
+    def path(self, filename: str) -> Path:
+        """The local path of a weight file, fetched if need be."""
+        path = self._source.find(filename)
+        if path is None:
+            raise ModelError(f"{self._source.name}: {self._source.missing(filename)}")
+        return path
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each of ``names`` with its tensor on the CPU, file by file.
+
+        A tensor is a view of its file: copy it before taking the next one. Raises ModelError for
+        a tensor that is missing, a file that is missing, corrupt or cut off, and a stored dtype
+        that cannot be converted.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self._places:
+                raise ModelError(
+                    f"{self._source.name}: the tensor {name} is missing in the weights"
+                )
+            by_file.setdefault(self._places[name].filename, []).append(name)
+        for filename, wanted in sorted(by_file.items()):
+            path = self.path(filename)
+            with _opened(path) as (_, read):
+                for name in wanted:
+                    tensor = read(self._places[name].key)
+                    if tensor.dtype not in _STORED:
+                        raise ModelError(
+                            f"{path}: {name} is stored as {tensor.dtype}; only float64, float32, "
+                            "bfloat16 and float16 checkpoints are supported"
+                        )
+                    yield name, tensor
+
+
+def open_weights(source: Source) -> Weights:
+    """Find the weights as transformers does: one safetensors file, shards of it, then .bin."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        path = source.find(stem)
+        if path is not None:
+            with _opened(path) as (keys, _):
+                places = {canonical(key): Place(stem, key) for key in keys}
+            if not places:
+                raise ModelError(f"{path} holds no tensors")
+            return Weights(source, places, index=None)
+        path = source.find(f"{stem}.index.json")
+        if path is not None:
+            return _open_sharded(source, path)
+    what = "weights (model.safetensors or pytorch_model.bin, whole or in shards with an index)"
+    raise ModelError(f"{source.name}: {source.missing(what)}")
+
+
+def canonical(key: str) -> str:
+    """A tensor's name without the base model's prefix."""
+    return re.sub(r"^(transformer|model)\.", "", key)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError when it holds anything else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return content
+
+
+def _open_sharded(source: Source, path: Path) -> Weights:
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{path} has no weight_map from tensor names to files")
+    places = {}
+    for key, filename in weight_map.items():
+        # A name with a path in it could make us read, or fetch over, any file.
+        if not isinstance(filename, str) or not re.fullmatch(r"[\w-][\w.-]*", filename):
+            raise ModelError(f"{path}: {filename!r} is not the name of a shard file")
+        places[canonical(key)] = Place(filename, key)
+    return Weights(source, places, index=index)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[list[str], Reader]]:
+    """The keys in a weight file and a function that reads one; errors become ModelErrors."""
+    opened = _opened_safetensors if path.suffix == ".safetensors" else _opened_pickle
+    with opened(path) as keys_and_reader:
+        yield keys_and_reader
+
+
+@contextmanager
+def _opened_safetensors(path: Path) -> Iterator[tuple[list[str], Reader]]:
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+    def read(key: str) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = file.get_tensor(key)  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from error
+        return tensor
+
+    with file:
+        yield list(file.keys()), read  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _opened_pickle(path: Path) -> Iterator[tuple[list[str], Reader]]:
+    content = _load_pickle(path)
+
+    def read(key: str) -> torch.Tensor:
+        if not isinstance(content.get(key), torch.Tensor):
+            raise ModelError(f"{path} is corrupt: it holds no tensor {key}")
+        tensor: torch.Tensor = content[key]
+        return tensor
+
+    yield [key for key in content if isinstance(key, str)], read
+
+
+def _load_pickle(path: Path) -> dict[str, Any]:
+    try:
+        # Files of before torch 1.6 are no zip archives and cannot be mapped.
+        content = torch.load(
+            path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu"
+        )
+    # A damaged pickle can raise anything at all.
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no dictionary of tensors")
+    return content
+
+
+def _unreadable(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{path} cannot be read; it is corrupt or was not downloaded completely: {error}"
+    )

@@ -1,0 +1,24 @@
+"""Where the process of the command line starts: ``petals-node`` and ``python -m petals.node``.
+
+Rules of this file: nothing heavy is imported before the environment is set, because torch reads
+it once, when it is imported.
+"""
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    # OpenMP's idle threads spin by default; with several nodes on one machine that costs most of
+    # the speed. Whoever set it on purpose keeps their setting.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from .cli import failures, logs
+    from .cli.app import run_command_line
+
+    logs.set_up(everything=failures.debugging())
+    sys.exit(run_command_line(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""The command line: its commands, their options, and how a command's end becomes an exit code.
+
+Rules of this file: it only declares and dispatches. Arguments are checked in ``arguments.py``; the
+work is in one file per command, which is imported when its command runs, so that ``--help`` and
+bad input never wait for torch.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import failures, logs
+
+app = typer.Typer(
+    name="petals-node",
+    help="Run a language model on a swarm of machines, none of which could hold it alone.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help answers in half the time
+)
+
+
+def _show_version(*, wanted: bool) -> None:
+    if wanted:
+        from ... import __version__
+
+        typer.echo(f"petals-node {__version__}")
+        raise typer.Exit
+
+
+def _switch_debugging_on(*, wanted: bool) -> None:
+    if wanted:
+        os.environ[failures.DEBUG_VARIABLE] = "1"
+        logs.set_up(everything=True)
+
+
+DebugOption = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        callback=lambda wanted: _switch_debugging_on(wanted=wanted),
+        is_eager=True,
+        help=f"Show logs and tracebacks (also {failures.DEBUG_VARIABLE}=1).",
+    ),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="demo (the small model that is built in), a folder, or a Hugging Face hub id.",
+    ),
+]
+BootstrapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bootstrap",
+        metavar="MULTIADDR",
+        help="A peer of the swarm: /ip4/ADDRESS/tcp/PORT/p2p/PEER_ID. May be repeated. "
+        "Default: those in $PETALS_BOOTSTRAP.",
+    ),
+]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        help="Where the node's key and state live. Default: $PETALS_DATA_DIR or the user's data "
+        "directory.",
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16, for computing."
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+MaxNewTokensOption = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", metavar="N", help="Stop after so many tokens."),
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        metavar="T",
+        help="0: always the likeliest token. Above: the higher, the bolder.",
+    ),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="P",
+        help="Sample from the likeliest tokens that have probability P together.",
+    ),
+]
+TopKOption = Annotated[
+    int | None, typer.Option("--top-k", metavar="K", help="Sample from the K likeliest tokens.")
+]
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="X",
+        help="Above 1: tokens that were there already become less likely.",
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="The same seed gives the same text."),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="Stop before this text. May be repeated."),
+]
+EndWithStdinOption = Annotated[
+    bool,
+    typer.Option("--exit-with-stdin", hidden=True, help="Leave when standard input ends."),
+]
+
+
+@app.callback()
+def _common(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=lambda wanted: _show_version(wanted=wanted),
+            is_eager=True,
+            help="Show the version and exit.",
+        ),
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    del version, debug  # their callbacks have acted
+
+
+@app.command("run")
+def run_command(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="What to serve: demo, a folder, or a Hugging Face hub id. Without it the node "
+            "is a bootstrap peer.",
+        ),
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option("--blocks", metavar="START:END", help="Serve the blocks START, …, END - 1."),
+    ] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            "--num-blocks",
+            metavar="N",
+            help="Serve N blocks, where the swarm is weakest. Without this and --blocks: as many "
+            "as fit the free memory.",
+        ),
+    ] = None,
+    bootstrap: BootstrapOption = None,
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--listen",
+            metavar="MULTIADDR",
+            help="Listen here, for example /ip4/0.0.0.0/tcp/31330. May be repeated.",
+        ),
+    ] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            "--identity", metavar="FILE", help="The node's private key; made if not there."
+        ),
+    ] = None,
+    data_dir: DataDirOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--cache-tokens",
+            metavar="N",
+            help="Keep at most so many tokens of all sessions together.",
+        ),
+    ] = None,
+    public_name: Annotated[
+        str | None,
+        typer.Option("--public-name", metavar="NAME", help="What the swarm's status calls you."),
+    ] = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="Write events to standard output, one JSON a line.")
+    ] = False,
+    exit_with_stdin: EndWithStdinOption = False,
+    debug: DebugOption = False,
+) -> int:
+    """Serve a part of a model to the swarm, or be a bootstrap peer, until Ctrl-C."""
+    del debug
+    from . import arguments, run
+
+    config = run.node_config(
+        model=model,
+        blocks=arguments.parse_blocks(blocks),
+        num_blocks=arguments.check_positive(num_blocks, "--num-blocks"),
+        bootstrap=arguments.bootstrap_peers(bootstrap),
+        listen=arguments.listen_addresses(listen),
+        identity=identity,
+        data_dir=data_dir,
+        dtype=dtype,
+        device=device,
+        cache_tokens=arguments.check_positive(cache_tokens, "--cache-tokens"),
+        public_name=public_name,
+    )
+    return run.serve(config, json_lines=json_lines, exit_with_stdin=exit_with_stdin)
+
+
+@app.command("generate")
+def generate_command(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads it.")
+    ],
+    *,
+    model: ModelOption = "demo",
+    bootstrap: BootstrapOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    json_result: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="End standard output with one line of JSON: text, tokens, figures."
+        ),
+    ] = False,
+    exit_with_stdin: EndWithStdinOption = False,
+    debug: DebugOption = False,
+) -> int:
+    """Go on from a prompt; the text streams to standard output."""
+    del debug
+    from . import generate, originator
+
+    return generate.generate(
+        originator.node_config(model=model, bootstrap=bootstrap, dtype=dtype, device=device),
+        prompt,
+        originator.sampling_params(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+        ),
+        json_result=json_result,
+        exit_with_stdin=exit_with_stdin,
+    )
+
+
+@app.command("chat")
+def chat_command(
+    *,
+    model: ModelOption = "demo",
+    bootstrap: BootstrapOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", metavar="N", help="Room for the whole conversation, in tokens."
+        ),
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> int:
+    """Take turns with the model; the swarm remembers the conversation between turns."""
+    del debug
+    from . import arguments, chat, originator
+
+    return chat.chat(
+        originator.node_config(model=model, bootstrap=bootstrap, dtype=dtype, device=device),
+        originator.sampling_params(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+        ),
+        max_tokens=arguments.check_positive(max_tokens, "--max-tokens"),
+    )
+
+
+@app.command("status")
+def status_command(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="MODEL", help="Show only this model: demo, a folder, or a hub id."
+        ),
+    ] = None,
+    bootstrap: BootstrapOption = None,
+    json_result: JsonOption = False,
+    debug: DebugOption = False,
+) -> int:
+    """Show which blocks are served how often, by whom, how fast, and in which state."""
+    del debug
+    from . import originator, status
+
+    return status.status(
+        originator.node_config(model=None, bootstrap=bootstrap),
+        model=model,
+        json_result=json_result,
+    )
+
+
+@app.command("demo")
+def demo_command(
+    *,
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", help="The text to go on from.")
+    ] = "In the beginning",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", help="How many tokens to generate.")
+    ] = 60,
+    nodes: Annotated[
+        int, typer.Option("--nodes", metavar="N", help="How many processes serve the model.")
+    ] = 3,
+    model: ModelOption = "demo",
+    debug: DebugOption = False,
+) -> int:
+    """Show a whole swarm on this machine, and check its text against transformers'."""
+    del debug
+    from . import demo
+
+    return demo.demo(prompt=prompt, max_new_tokens=max_new_tokens, nodes=nodes, model=model)
+
+
+@app.command("reference", hidden=True)
+def reference_command(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    *,
+    model: ModelOption = "demo",
+    max_new_tokens: MaxNewTokensOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    exit_with_stdin: EndWithStdinOption = False,
+    debug: DebugOption = False,
+) -> int:
+    """Generate greedily with transformers alone, in this process, to compare with."""
+    del debug
+    from . import reference
+
+    return reference.reference(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=repetition_penalty,
+        exit_with_stdin=exit_with_stdin,
+    )
+
+
+def run_command_line(argv: Sequence[str]) -> int:
+    """Run one command and return the exit code of the process; never raises, never a traceback.
+
+    With --debug the traceback is shown as well.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a token's letters
+    try:
+        result = app(list(argv) or ["--help"], prog_name="petals-node", standalone_mode=False)
+    except typer.TyperException as error:
+        return _complain(error.exit_code, f"{error.format_message()} (--help shows the options)")
+    except BrokenPipeError:
+        # Whoever read our output has gone: say nothing more, also not when the streams are closed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return failures.FAILED
+    except BaseException as error:  # noqa: BLE001 - the last border: everything becomes a line
+        if failures.debugging():
+            sys.stderr.write(failures.traceback_of(error))
+        return _complain(*failures.explain(error))
+    return result if isinstance(result, int) else failures.OK
+
+
+def _complain(code: int, line: str) -> int:
+    sys.stdout.flush()
+    typer.echo(f"petals-node: {line}", err=True)
+    return code

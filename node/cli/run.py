@@ -1,0 +1,113 @@
+"""``petals-node run``: a node that serves until it is told to leave."""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from ...protocol.span import Span
+from ..config import NodeConfig
+from . import arguments, failures, leaving
+
+if TYPE_CHECKING:
+    from ..node import Node
+
+
+def node_config(
+    *,
+    model: str | None,
+    blocks: Span | None,
+    num_blocks: int | None,
+    bootstrap: tuple[str, ...],
+    listen: tuple[str, ...],
+    data_dir: Path | None,
+    **settings: Any,
+) -> NodeConfig:
+    """The configuration of a serving node, or of a bootstrap peer; its data directory is there."""
+    if listen:
+        settings["listen"] = listen
+    if data_dir is not None:
+        settings["data_dir"] = data_dir
+    config = NodeConfig(
+        model=model, blocks=blocks, num_blocks=num_blocks, bootstrap=bootstrap, **settings
+    )
+    arguments.check_data_dir(config.data_dir)
+    return config
+
+
+def serve(config: NodeConfig, *, json_lines: bool, exit_with_stdin: bool) -> int:
+    """Serve until a signal says to leave."""
+    leaving.leave_at_signals_while_starting()
+    if exit_with_stdin:
+        leaving.leave_when_stdin_ends()
+    report = _report_json if json_lines else _report_in_words
+    with suppress(leaving.Leaving):
+        trio.run(_serve, config, report)
+    return failures.OK
+
+
+Report = Callable[[dict[str, Any]], None]
+
+
+async def _serve(config: NodeConfig, report: Report) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def leave_when_told() -> None:
+            await leaving.wait_until_told_to_leave()
+            leaving.leave_by_force_after(leaving.GRACE)
+            report({"event": "leaving"})
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(leave_when_told)
+        report({"event": "starting", "model": config.model})
+        from ..node import Node
+
+        async with Node(config) as node:
+            report(serving_event(node))
+            await trio.sleep_forever()
+
+
+def serving_event(node: "Node") -> dict[str, Any]:
+    """What is said once the node really serves; model and blocks are null for bootstrap peers."""
+    span = node.span
+    return {
+        "event": "serving",
+        "peer_id": node.peer_id,
+        "multiaddr": node.multiaddrs[0],
+        "model": node.model_name if span else None,
+        "blocks": [span.start, span.end] if span else None,
+    }
+
+
+def _report_json(event: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+def _report_in_words(event: dict[str, Any]) -> None:
+    line = in_words(event)
+    if event["event"] == "serving":
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    else:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+def in_words(event: dict[str, Any]) -> str:
+    """An event as a line for people."""
+    match event:
+        case {"event": "serving", "blocks": [start, end], "model": model, "multiaddr": multiaddr}:
+            return f"Serving {model}, blocks {start}:{end}, at {multiaddr}"
+        case {"event": "serving", "multiaddr": multiaddr}:
+            return f"Bootstrap peer at {multiaddr}"
+        case {"event": "starting", "model": str(model)}:
+            return f"Loading {model} …"
+        case {"event": "leaving"}:
+            return "Leaving the swarm …"
+        case _:
+            return f"{event['event'].capitalize()} …"

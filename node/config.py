@@ -1,0 +1,88 @@
+"""What a node can be told: one frozen, validated value. Imports neither torch nor libp2p."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import platformdirs
+
+from ..protocol.errors import ConfigError
+from ..protocol.span import Span
+
+DATA_DIR_VARIABLE = "PETALS_DATA_DIR"
+BOOTSTRAP_VARIABLE = "PETALS_BOOTSTRAP"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_PUBLIC_NAME = 64
+
+
+def default_data_dir() -> Path:
+    """``$PETALS_DATA_DIR``, or the user's data folder for this program."""
+    chosen = os.environ.get(DATA_DIR_VARIABLE)
+    return Path(chosen) if chosen else Path(platformdirs.user_data_dir("petals-node"))
+
+
+def bootstrap_from_environment() -> tuple[str, ...]:
+    """The multiaddrs in ``$PETALS_BOOTSTRAP``, separated by spaces."""
+    return tuple(os.environ.get(BOOTSTRAP_VARIABLE, "").split())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """What a node is to do. Raises ConfigError when it contradicts itself."""
+
+    model: str | None = None
+    """``demo``, a folder in Hugging Face layout, or a hub id. None: a bootstrap peer, or a client
+    that only looks at the swarm."""
+    serve: bool = True
+    """Whether others may use this node: it listens, and serves blocks if it has a model. Off, it
+    only originates its own sessions."""
+    blocks: Span | None = None
+    """The blocks to serve. None: ``num_blocks`` of them where the swarm is weakest."""
+    num_blocks: int | None = None
+    """How many blocks to serve. None: as many as fit the free memory."""
+    bootstrap: tuple[str, ...] = field(default_factory=bootstrap_from_environment)
+    """Multiaddrs, each ending in ``/p2p/PEER_ID``, of peers to join the swarm through."""
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    """Multiaddrs to listen on; port 0 takes a free one."""
+    identity: Path | None = None
+    """File with the node's key; made if it is not there. None: ``identity.pem`` in the data dir for
+    a serving node, and a key that is kept nowhere for one that only originates."""
+    data_dir: Path = field(default_factory=default_data_dir)
+    """Where this node keeps what it must not forget."""
+    dtype: str = "auto"
+    """``float32``, ``bfloat16``, ``float16``; ``auto`` is float32 on a CPU (exact) and 16 bit on
+    CUDA."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:N``; ``auto`` takes CUDA when there is some."""
+    cache_tokens: int | None = None
+    """Tokens of KV cache for all sessions together. None: from the free memory."""
+    public_name: str | None = None
+    """A name for the status page."""
+    patience: float = 10.0
+    """Seconds that a session looks for somebody to serve blocks that nobody serves."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.blocks is not None and self.num_blocks is not None:
+            raise ConfigError("give either blocks (which ones) or num_blocks (how many), not both")
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise ConfigError(f"num_blocks: must be at least 1, got {self.num_blocks}")
+        if self.model is None and (self.blocks or self.num_blocks):
+            raise ConfigError("blocks: of which model? name it with model (--model)")
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise ConfigError(f"cache_tokens: must be at least 1, got {self.cache_tokens}")
+        if self.patience < 0:
+            raise ConfigError(f"patience: must be at least 0 seconds, got {self.patience}")
+        name = self.public_name
+        if name is not None and not (0 < len(name) <= MAX_PUBLIC_NAME and name.isprintable()):
+            raise ConfigError(
+                f"public_name: must be 1 to {MAX_PUBLIC_NAME} printable characters, got {name!r}"
+            )
+
+    @property
+    def identity_file(self) -> Path | None:
+        """Where the key lives; None: nowhere."""
+        if self.identity is not None or not self.serve:
+            return self.identity
+        return self.data_dir / "identity.pem"

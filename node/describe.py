@@ -1,0 +1,63 @@
+"""``/petals/describe/1``: what a node is and carries right now, asked of the node itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import trio
+
+from ..protocol.announcement import Announcement, decode_signed
+from ..protocol.errors import ErrorCode, PeerError, RemoteProtocolError
+from ..protocol.frames import DESCRIBE_PROTOCOL, Describe, Description, Hello
+from .frame_stream import FrameStream, failed, open_frame_stream
+from .network import Network, Stream
+
+TIMEOUT = 5.0
+"""Seconds for the whole exchange; a candidate that takes longer is of no use to a session."""
+
+
+async def answer(
+    stream: Stream,
+    hello: Hello,
+    *,
+    announcement: Callable[[], bytes | None],
+    figures: Callable[[], Mapping[str, float]],
+) -> None:
+    """Serve one inbound stream of the describe protocol."""
+    frames = FrameStream(stream, hello)
+    with trio.move_on_after(TIMEOUT):
+        try:
+            if isinstance(await frames.receive(), Describe):
+                await frames.send(Description(announcement() or b"", figures()))
+            else:
+                await frames.send(failed(ErrorCode.PROTOCOL, "ask with a describe frame"))
+        except (PeerError, RemoteProtocolError):
+            return  # whoever asked has gone, or speaks something else
+
+
+async def ask(
+    network: Network, peer_id: str, multiaddrs: Sequence[str], hello: Hello, *, now: float
+) -> tuple[Announcement | None, Mapping[str, float]]:
+    """The announcement (None: it serves nothing) and the figures of a peer. Raises PeerError."""
+    with trio.move_on_after(TIMEOUT):
+        frames = await open_frame_stream(
+            network, peer_id, tuple(multiaddrs), DESCRIBE_PROTOCOL, hello
+        )
+        try:
+            await frames.send(Describe())
+            answered = await frames.receive()
+            if not isinstance(answered, Description):
+                raise RemoteProtocolError("it answered with something else")
+            if not answered.announcement:
+                return None, answered.figures
+            announcement = decode_signed(answered.announcement, now)
+            if announcement.peer_id != peer_id:
+                raise RemoteProtocolError("it answered for somebody else")
+            return announcement, answered.figures
+        except RemoteProtocolError as error:
+            raise PeerError(f"peer {peer_id} cannot be asked: {error}", peer_id=peer_id) from error
+        finally:
+            await frames.close()
+    raise PeerError(
+        f"peer {peer_id} did not describe itself within {TIMEOUT:.0f} s",
+        code=ErrorCode.TIMEOUT,
+        peer_id=peer_id,
+    )

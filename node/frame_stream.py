@@ -1,0 +1,95 @@
+"""Frames over a stream: hello first, every wait with a deadline, any number of senders."""
+
+import collections
+
+import trio
+
+from ..protocol.checks import MAX_REASON
+from ..protocol.codec import FrameDecoder, encode
+from ..protocol.errors import ErrorCode, PeerError, RemoteProtocolError
+from ..protocol.frames import PROTOCOL_VERSION, Failed, Frame, Hello, Refused
+from .network import Network, Stream
+
+SEND_TIMEOUT = 60.0
+"""Seconds that a frame (at most 4 MiB) may take to be handed over: 70 KB/s at least."""
+
+
+class FrameStream:
+    """One stream of frames to a peer. Each side's first frame is ``hello``; it is added here."""
+
+    def __init__(self, stream: Stream, hello: Hello) -> None:
+        self._stream = stream
+        self._hello: Hello | None = hello
+        self._greeted = False
+        self._decoder = FrameDecoder()
+        self._received: collections.deque[Frame] = collections.deque()
+        self._send_lock = trio.Lock()
+
+    @property
+    def peer_id(self) -> str:
+        """Who is at the other end."""
+        return self._stream.peer_id
+
+    async def send(self, *frames: Frame) -> None:
+        """Send the frames in order. Raises PeerError when the stream is broken or stuck."""
+        buffers = [buffer for frame in frames for buffer in encode(frame)]
+        async with self._send_lock:
+            if self._hello is not None:
+                buffers = encode(self._hello) + buffers
+                self._hello = None
+            with trio.move_on_after(SEND_TIMEOUT):
+                await self._stream.send(buffers)
+                return
+        raise PeerError(
+            f"peer {self.peer_id} did not take a frame for {SEND_TIMEOUT:.0f} s",
+            code=ErrorCode.TIMEOUT,
+            peer_id=self.peer_id,
+        )
+
+    async def receive(self) -> Frame | None:
+        """The next frame, or None when the peer has ended the stream between two frames.
+
+        Raises RemoteProtocolError for bytes that are no frame, PeerError for a broken stream.
+        One caller at a time.
+        """
+        while True:
+            while not self._received:
+                data = await self._stream.receive()
+                if not data:
+                    if self._decoder.mid_frame:
+                        raise RemoteProtocolError(f"peer {self.peer_id} left in mid-frame")
+                    return None
+                self._received.extend(self._decoder.feed(data))
+            frame = self._received.popleft()
+            if self._greeted:
+                return frame
+            self._greeted = True
+            if not isinstance(frame, Hello):
+                raise RemoteProtocolError(f"peer {self.peer_id} sent {frame.KIND} before hello")
+            if frame.version != PROTOCOL_VERSION:
+                raise RemoteProtocolError(
+                    f"peer {self.peer_id} (version {frame.node_version}) speaks version "
+                    f"{frame.version} of the protocol, this node {PROTOCOL_VERSION}: "
+                    "update the older of the two"
+                )
+
+    async def close(self) -> None:
+        """Close both directions. Idempotent, does not raise."""
+        await self._stream.close()
+
+
+async def open_frame_stream(
+    network: Network, peer_id: str, multiaddrs: tuple[str, ...], protocol: str, hello: Hello
+) -> FrameStream:
+    """Open a stream of frames to a peer. Raises PeerError."""
+    return FrameStream(await network.open_stream(peer_id, multiaddrs, protocol), hello)
+
+
+def refused(code: ErrorCode, reason: str, retry_after: float | None = None) -> Refused:
+    """A refusal whose reason fits the wire."""
+    return Refused(code, reason[:MAX_REASON], retry_after)
+
+
+def failed(code: ErrorCode, reason: str, peer_id: str | None = None) -> Failed:
+    """A failure whose reason fits the wire."""
+    return Failed(code, reason[:MAX_REASON], peer_id)

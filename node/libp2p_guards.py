@@ -1,0 +1,398 @@
+"""py-libp2p's host, with what it lacks for staying up: bounds, deadlines, and handlers that may fail.
+
+Each class here is the library's with one or two methods overridden; the docstring of each override
+says what went wrong without it. The versions that were measured are named in ``pyproject.toml``;
+``tests/node/test_libp2p_guards.py`` shows that the guards still hold when that changes.
+"""
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+from libp2p.abc import IListener, IMuxedConn, INetConn, INetStream, IRawConnection, ISecureConn
+from libp2p.connection_types import ConnectionType
+from libp2p.crypto.ed25519 import Ed25519PrivateKey
+from libp2p.crypto.keys import KeyPair
+from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
+from libp2p.custom_types import StreamHandlerFn, TProtocol
+from libp2p.host.basic_host import BasicHost
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.auto_connector import AutoConnector
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection import swarm_connection
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+
+from ..protocol.errors import PetalsError
+from .libp2p_yamux import PROTOCOL_ID as YAMUX
+from .libp2p_yamux import Traffic, YamuxConnection, YamuxLimits, YamuxStream
+
+logger = logging.getLogger(__name__)
+
+# It logs at "warning" what is daily life among peers; LIBP2P_DEBUG is the library's own switch.
+if not os.environ.get("LIBP2P_DEBUG"):
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+# That module logs to the root logger, which as a side effect would print everybody's log to stderr.
+setattr(swarm_connection, "logging", logging.getLogger(swarm_connection.__name__))  # noqa: B010
+
+_READ_BYTES = 256 * 1024  # four Noise messages: one system call instead of eight
+_LONGEST_READ = 1024 * 1024  # the library asks for at most 64 KiB, unless a peer made it ask
+_IDENTIFY_SECONDS = 5.0
+_KNOWN_PEERS = 5000
+_ADDRESSES_PER_PEER = 8  # the most that a dial tries
+
+
+@dataclass(frozen=True)
+class HostLimits:
+    """Bounds and deadlines of a host, in seconds where they are times."""
+
+    connections: int = 500
+    """Connections in all, those that are still shaking hands included."""
+    dial_seconds: float = 5.0
+    """For one address, from the first packet to the connection that can carry streams."""
+    accept_seconds: float = 10.0
+    """For a dialler to shake hands with us."""
+    open_seconds: float = 10.0
+    """For opening a stream: dialling if need be, and agreeing on the protocol."""
+    yamux: YamuxLimits = field(default_factory=YamuxLimits)
+    """Bounds of each connection."""
+
+
+class DialError(Exception):
+    """None of a peer's addresses could be reached; the message says why for each."""
+
+
+class BufferedSocket(TrioTCPStream):
+    """A socket whose ``read(n)`` returns all n bytes, or fewer at the end only.
+
+    The library's ``read_exactly`` gives up after 101 partial reads, asks the kernel twice for each
+    Noise message, and lets a dialler make it allocate whatever length it names.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        super().__init__(stream)
+        self._ahead = b""
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Exactly ``n`` bytes unless the stream ends; any number with None."""
+        if n is not None and n > _LONGEST_READ:
+            raise ValueError(f"the peer makes us read {n} bytes at once")
+        if n is None:
+            ahead, self._ahead = self._ahead, b""
+            return ahead or await super().read(_READ_BYTES)
+        pieces, missing = [], n
+        while missing > 0:
+            if not self._ahead:
+                self._ahead = await super().read(_READ_BYTES)
+                if not self._ahead:
+                    break
+            piece, self._ahead = self._ahead[:missing], self._ahead[missing:]
+            pieces.append(piece)
+            missing -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class GuardedTcp(TCP):
+    """TCP with buffered reads."""
+
+    async def _dial_resolved(
+        self, maddr: Multiaddr, source: tuple[str, int] | None = None
+    ) -> IRawConnection:
+        connection = await super()._dial_resolved(maddr, source)
+        assert isinstance(connection, RawConnection)
+        assert isinstance(connection.stream, TrioTCPStream)
+        return RawConnection(
+            BufferedSocket(connection.stream.stream),
+            initiator=True,
+            connection_type=ConnectionType.DIRECT,
+        )
+
+
+class _YamuxOnly(MuxerMultistream):
+    """The library makes its own Yamux whatever class one asks for."""
+
+    def __init__(self, limits: YamuxLimits, traffic: Traffic) -> None:
+        super().__init__({TProtocol(YAMUX): YamuxConnection})
+        self._limits, self._traffic = limits, traffic
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        """Negotiate Yamux and make the connection."""
+        await self.select_transport(conn)
+        return YamuxConnection(conn, peer_id, self._limits, self._traffic)
+
+
+class Listener(IListener):
+    """Sockets of one listening address, served in the network's own nursery.
+
+    The library's listener runs in a system task, where a bug ends the process, and shares its port
+    (SO_REUSEPORT) with whoever binds it too, so that two nodes on one port both seem to work.
+    """
+
+    def __init__(self, sockets: Sequence[trio.SocketListener]) -> None:
+        self._sockets = tuple(sockets)
+
+    async def listen(self, maddr: Multiaddr) -> None:
+        """Not used: the network listens by itself."""
+        raise NotImplementedError
+
+    async def serve(self, handler: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
+        """Accept connections until closed or cancelled."""
+        try:
+            await trio.serve_listeners(handler, list(self._sockets))
+        except* trio.ClosedResourceError:
+            pass
+
+    def get_addrs(self) -> tuple[Multiaddr, ...]:
+        """Where the sockets are bound."""
+        addresses = []
+        for listener in self._sockets:
+            host, port = listener.socket.getsockname()[:2]
+            family = "ip6" if ":" in host else "ip4"
+            addresses.append(Multiaddr(f"/{family}/{host}/tcp/{port}"))
+        return tuple(addresses)
+
+    async def close(self) -> None:
+        """Stop listening."""
+        for listener in self._sockets:
+            await trio.aclose_forcefully(listener)
+
+
+class _NoAutoConnector(AutoConnector):
+    """The library dials whomever it has heard of until half its connections are used up."""
+
+    async def maybe_connect(self) -> None:
+        """Do not."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        """Do not."""
+
+
+class _PeerStore(PeerStore):
+    """The library forgets its own key first when it knows too many peers."""
+
+    def __init__(self, key_pair: KeyPair) -> None:
+        super().__init__(max_peers=_KNOWN_PEERS)
+        self._own_id = ID.from_pubkey(key_pair.public_key)
+        self.add_key_pair(self._own_id, key_pair)
+
+    def _enforce_peer_limit(self) -> None:
+        own = self.peer_data_map.pop(self._own_id)
+        super()._enforce_peer_limit()
+        self.peer_data_map[self._own_id] = own
+
+
+class GuardedSwarm(Swarm):
+    """Dialling with deadlines over all addresses, accepting without leaks."""
+
+    def __init__(self, key_pair: KeyPair, limits: HostLimits, traffic: Traffic) -> None:
+        peer_id = ID.from_pubkey(key_pair.public_key)
+        noise_key = new_x25519_key_pair().private_key
+        # Noise only: the library's default would also accept a dialler in plain text.
+        upgrader = TransportUpgrader(
+            {NOISE: NoiseTransport(key_pair, noise_privkey=noise_key)},
+            {TProtocol(YAMUX): YamuxConnection},
+        )
+        upgrader.muxer_multistream = _YamuxOnly(limits.yamux, traffic)
+        super().__init__(
+            peer_id,
+            _PeerStore(key_pair),
+            upgrader,
+            [GuardedTcp()],
+            retry_config=RetryConfig(max_retries=0),
+            connection_config=ConnectionConfig(
+                max_connections=limits.connections,
+                high_watermark=limits.connections,
+                min_connections=0,
+                low_watermark=0,
+                max_connections_per_peer=4,
+                inbound_upgrade_timeout=limits.accept_seconds,
+                outbound_upgrade_timeout=limits.dial_seconds,
+            ),
+        )
+        self.auto_connector = _NoAutoConnector(self)
+        self._limits = limits
+        self._accepting = 0
+        self._dialling: dict[ID, trio.Lock] = {}
+
+    def alive(self, peer_id: ID | None = None) -> list[SwarmConn]:
+        """The connections that can carry streams, to one peer or to all."""
+        return [
+            connection
+            for connection in self.get_connections(peer_id)
+            if isinstance(connection, SwarmConn)
+            and not connection.is_closed
+            and not connection.muxed_conn.is_closed
+        ]
+
+    async def connect(self, peer_id: ID, addresses: Sequence[Multiaddr] = ()) -> SwarmConn:
+        """The connection to a peer, dialled if there is none. Raises DialError.
+
+        The library tries only the first TCP address, waits 250 ms even when it answers, waits two
+        minutes for a listener that says nothing, and refuses a failed peer for a minute.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if connections := self.alive(peer_id):
+            return connections[0]
+        if peer_id == self.self_id:
+            raise DialError("this is our own peer id")
+        lock = self._dialling.setdefault(peer_id, trio.Lock())
+        try:
+            async with lock:
+                if connections := self.alive(peer_id):
+                    return connections[0]
+                return await self._dial(peer_id, addresses)
+        finally:
+            if not lock.statistics().tasks_waiting and not lock.locked():
+                self._dialling.pop(peer_id, None)
+
+    async def _dial(self, peer_id: ID, addresses: Sequence[Multiaddr]) -> SwarmConn:
+        candidates = list(dict.fromkeys([*map(_without_peer, addresses), *self._known(peer_id)]))
+        failures = []
+        for address in candidates[:_ADDRESSES_PER_PEER]:
+            with trio.move_on_after(self._limits.dial_seconds) as scope:
+                try:
+                    connection = await self.dial_addr(address, peer_id)
+                except Exception as error:  # noqa: BLE001 - the library raises whatever it met
+                    failures.append(f"{address}: {_root_cause(error)}")
+                else:
+                    assert isinstance(connection, SwarmConn)
+                    return connection
+            if scope.cancelled_caught:
+                failures.append(f"{address}: no answer within {self._limits.dial_seconds:g} s")
+        self.peerstore.clear_addrs(peer_id)  # stale; the directory will tell newer ones
+        raise DialError("; ".join(failures) or "we know no address of it")
+
+    def _known(self, peer_id: ID) -> list[Multiaddr]:
+        try:
+            return [_without_peer(address) for address in self.peerstore.addrs(peer_id)]
+        except PeerStoreError:
+            return []
+
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        """``connect`` for the library's own callers."""
+        try:
+            return [await self.connect(peer_id)]
+        except DialError as error:
+            raise SwarmException(f"cannot reach {peer_id}: {error}") from error
+
+    async def accept(self, stream: trio.SocketStream) -> None:
+        """Serve one inbound connection until it closes. Raises nothing.
+
+        The library keeps a task, a socket and a slot of its limit for each connection that was
+        ever accepted, so that after some hundreds it accepts no more.
+        """
+        if self._accepting >= self._limits.connections:
+            return
+        self._accepting += 1
+        try:
+            with trio.fail_after(self._limits.accept_seconds):
+                raw = RawConnection(BufferedSocket(stream), initiator=False)
+                connection = await self.upgrade_inbound_raw_conn(raw, Multiaddr("/ip4/0.0.0.0"))
+            assert isinstance(connection, YamuxConnection)
+            await connection.event_closed.wait()
+        except Exception as error:  # noqa: BLE001 - a stranger's handshake must not end the host
+            logger.debug("an inbound connection failed: %r", error)
+        finally:
+            self._accepting -= 1
+
+
+class GuardedHost(BasicHost):
+    """A host that outlives its handlers."""
+
+    def __init__(
+        self,
+        swarm: GuardedSwarm,
+        nursery: trio.Nursery,
+        announce: Callable[[list[Multiaddr]], list[Multiaddr]],
+        identified: Callable[[ID], Awaitable[None]],
+    ) -> None:
+        super().__init__(swarm, addrs_factory=announce, disable_identify_address_discovery=True)
+        self._nursery = nursery
+        self._identified = identified
+        self._identifying: dict[ID, trio.Event] = {}
+
+    def set_stream_handler(self, protocol_id: TProtocol, stream_handler: StreamHandlerFn) -> None:
+        """Note the protocol for the statistics."""
+
+        async def labelled(stream: INetStream) -> None:
+            yamux_stream_of(stream).protocol = str(protocol_id)
+            await stream_handler(stream)
+
+        super().set_stream_handler(protocol_id, labelled)
+
+    async def _swarm_stream_handler(self, net_stream: INetStream) -> None:
+        """An exception of a handler would end the host; a stream left open, hang the peer."""
+        stream = yamux_stream_of(net_stream)
+        try:
+            await super()._swarm_stream_handler(net_stream)
+        except PetalsError as error:  # the peer broke a rule or went away: daily life
+            logger.info("a stream of %s failed: %s", stream.protocol, error)
+            stream.reset_now("the handler failed")
+        except Exception:
+            logger.exception("a handler of %s failed", stream.protocol)
+            stream.reset_now("the handler failed")
+        finally:
+            stream.close_now()
+
+    def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
+        """In our nursery, with a deadline: the library's system task may outlive the host."""
+        if peer_id not in self._identifying and peer_id != self.get_id():
+            self._identifying[peer_id] = trio.Event()
+            self._nursery.start_soon(self._identify, peer_id, reason)
+
+    async def wait_identified(self, peer_id: ID) -> None:
+        """Return when a peer just connected has said what it speaks, or has failed to."""
+        if peer_id in self._identifying:
+            await self._identifying[peer_id].wait()
+
+    async def _identify(self, peer_id: ID, reason: str) -> None:
+        try:
+            with trio.move_on_after(_IDENTIFY_SECONDS):
+                await self._identify_peer(peer_id, reason=reason)
+                await self._identified(peer_id)
+        except Exception as error:  # noqa: BLE001 - what a stranger says of itself may be anything
+            logger.debug("%s cannot be identified: %r", peer_id, error)
+        finally:
+            self._identifying.pop(peer_id).set()
+
+
+def key_pair_of(private_key: bytes) -> KeyPair:
+    """libp2p's key pair of a raw Ed25519 seed."""
+    key = Ed25519PrivateKey.from_bytes(private_key)
+    return KeyPair(key, key.get_public_key())
+
+
+def yamux_stream_of(stream: INetStream) -> YamuxStream:
+    """Our stream below the library's."""
+    below = getattr(stream, "muxed_stream", None)
+    assert isinstance(below, YamuxStream)
+    return below
+
+
+def _without_peer(address: Multiaddr) -> Multiaddr:
+    """The address without ``/p2p/…``, so that the same place is dialled once."""
+    peer = address.get_peer_id()
+    return address.decapsulate(Multiaddr(f"/p2p/{peer}")) if peer else address
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost reason in words: the library wraps what the system said several times."""
+    while isinstance(inner := error.__cause__ or error.__context__, Exception):
+        error = inner
+    if isinstance(error, BaseExceptionGroup):
+        return _root_cause(error.exceptions[0])
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__

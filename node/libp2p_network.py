@@ -1,0 +1,503 @@
+"""The network ports on py-libp2p: TCP, Noise, Yamux, Kademlia; nothing else of it is used.
+
+This file and its three neighbours ``libp2p_*.py`` are the only ones that import libp2p (which takes
+more than a second: import them late). ``libp2p_yamux`` carries streams, ``libp2p_guards`` holds the
+library's host in bounds, ``libp2p_directory`` keeps the announcements; here is what the node sees.
+
+Rules of this file: everything runs in the one nursery of ``open_network`` and ends with it; every
+call has a deadline; what the library raises becomes ``PeerError`` (the peer) or ``ConfigError``
+(the user) here, in words.
+"""
+
+import errno
+import logging
+import math
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+import psutil
+import trio
+from libp2p.abc import INetStream
+from libp2p.custom_types import TProtocol
+from libp2p.io.exceptions import IOException
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.peer.id import ID
+from libp2p.protocol_muxer.exceptions import (
+    MultiselectClientError,
+    MultiselectCommunicatorError,
+    ProtocolNotSupportedError,
+)
+from libp2p.protocol_muxer.multiselect_client import MultiselectClient
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.stream_muxer.exceptions import MuxedStreamError
+from libp2p.tools.anyio_service import background_trio_service
+from multiaddr import Multiaddr
+
+from ..protocol.errors import ConfigError, ErrorCode, PeerError
+from .identity import Identity
+from .libp2p_directory import DirectoryLimits, Libp2pDirectory, MergeEntries
+from .libp2p_guards import (
+    DialError,
+    GuardedHost,
+    GuardedSwarm,
+    HostLimits,
+    Listener,
+    key_pair_of,
+    yamux_stream_of,
+)
+from .libp2p_yamux import Traffic, YamuxStream
+from .network import NetworkStatistics, Stream, StreamHandler
+
+logger = logging.getLogger(__name__)
+
+_NEGOTIATION_ERRORS = (MultiselectClientError, MultiselectCommunicatorError, MuxedStreamError)
+_CLOSE_SECONDS = 1.5  # for all connections together, when the network ends
+_SMALL_SEND = 16 * 1024  # buffers up to here are joined: a frame header must not travel alone
+
+
+@dataclass(frozen=True)
+class NetworkLimits:
+    """Bounds and deadlines of the whole network."""
+
+    host: HostLimits = field(default_factory=HostLimits)
+    directory: DirectoryLimits = field(default_factory=DirectoryLimits)
+
+
+class Libp2pStream:
+    """The ``Stream`` port on one Yamux stream."""
+
+    def __init__(self, stream: YamuxStream) -> None:
+        self._stream = stream
+        self._peer_id = str(stream.muxed_conn.peer_id)
+
+    def __repr__(self) -> str:
+        return f"<Libp2pStream to {self._peer_id}: {self._stream!r}>"
+
+    @property
+    def peer_id(self) -> str:
+        """Who is at the other end, as Noise has proved it."""
+        return self._peer_id
+
+    async def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Send the buffers in order; a cancelled call resets the stream, having sent a part."""
+        finished = False
+        try:
+            for buffer in _joined(buffers):
+                await self._stream.write(buffer)
+            finished = True
+        except MuxedStreamError as error:
+            raise self._broken(error) from error
+        finally:
+            if not finished:
+                self._stream.reset_now("a message was cut off")
+
+    async def receive(self) -> bytes:
+        """The next bytes, or b"" at the orderly end; a cancelled call has taken nothing."""
+        try:
+            return await self._stream.receive()
+        except MuxedStreamError as error:
+            raise self._broken(error) from error
+
+    async def close(self) -> None:
+        """Close both directions."""
+        self._stream.close_now()
+
+    def _broken(self, error: MuxedStreamError) -> PeerError:
+        return PeerError(
+            f"the stream to {self._peer_id} broke: {error}",
+            code=ErrorCode.UNREACHABLE,
+            peer_id=self._peer_id,
+        )
+
+
+class Libp2pNetwork:
+    """The ``Network`` and ``Directory`` ports on one host; ``open_network`` makes it."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        nursery: trio.Nursery,
+        *,
+        announce: Sequence[Multiaddr],
+        merge: MergeEntries,
+        serve: bool,
+        clock: Callable[[], float],
+        limits: NetworkLimits,
+    ) -> None:
+        self._identity = identity
+        self._nursery = nursery
+        self._limits = limits
+        self._announce = tuple(announce)
+        self._traffic = Traffic()
+        self._swarm = GuardedSwarm(key_pair_of(identity.private_key), limits.host, self._traffic)
+        self._host = GuardedHost(self._swarm, nursery, self._announced, self._identified)
+        self._directory = Libp2pDirectory(
+            self._host,
+            self._open_for_directory,
+            merge=merge,
+            serve=serve,
+            clock=clock,
+            limits=limits.directory,
+        )
+
+    @property
+    def peer_id(self) -> str:
+        """Our own peer id."""
+        return self._identity.peer_id
+
+    @property
+    def multiaddrs(self) -> tuple[str, ...]:
+        """Where we can be dialled."""
+        return tuple(map(str, self._host.get_addrs()))
+
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        """Serve inbound streams of ``protocol``; the stream is closed when the handler ends."""
+
+        async def serve(stream: INetStream) -> None:
+            await handler(Libp2pStream(yamux_stream_of(stream)))
+
+        self._host.set_stream_handler(TProtocol(protocol), serve)
+
+    async def open_stream(self, peer_id: str, multiaddrs: Sequence[str], protocol: str) -> Stream:
+        """Open a stream, dialling if need be. Raises PeerError within the limits' deadline."""
+        peer = self._parse_peer(peer_id)
+        addresses = [address for text in multiaddrs if (address := _readable(text)) is not None]
+        return Libp2pStream(await self._open(peer, addresses, TProtocol(protocol)))
+
+    async def connect(self, multiaddr: str) -> str:
+        """Connect to the peer at an address that ends in ``/p2p/<peer id>``; its peer id.
+
+        Raises ConfigError for an address that cannot be right, PeerError when nobody answers.
+        """
+        peer, address = parse_peer_multiaddr(multiaddr)
+        try:
+            with trio.fail_after(self._limits.host.open_seconds):
+                await self._swarm.connect(peer, [address])
+        except (DialError, trio.TooSlowError) as error:
+            raise self._unreachable(peer, error) from error
+        return str(peer)
+
+    async def join(self, bootstrap: Sequence[str]) -> int:
+        """Connect to bootstrap peers and meet their neighbours; how many could be reached.
+
+        All are dialled at once. Our own addresses among them are skipped, so that all nodes can
+        have the same list. Raises ConfigError if one cannot be right.
+        """
+        others = [text for text in bootstrap if str(parse_peer_multiaddr(text)[0]) != self.peer_id]
+        reached: set[str] = set()
+
+        async def dial(address: str) -> None:
+            try:
+                reached.add(await self.connect(address))
+            except PeerError as error:
+                logger.warning("%s", error)
+
+        async with trio.open_nursery() as nursery:
+            for address in others:
+                nursery.start_soon(dial, address)
+        for peer in reached:
+            await self._host.wait_identified(ID.from_string(peer))
+        if reached:
+            await self._directory.refresh()
+        return len(reached)
+
+    def connected_peers(self) -> tuple[str, ...]:
+        """The peers that we have a live connection to."""
+        return tuple(sorted({str(conn.muxed_conn.peer_id) for conn in self._swarm.alive()}))
+
+    def peer_count(self) -> int:
+        """How many peers we have a live connection to."""
+        return len(self.connected_peers())
+
+    def round_trip(self, peer_id: str) -> float | None:
+        """Seconds to a connected peer and back, smoothed over pings; None if not known yet."""
+        connections = self._swarm.alive(self._parse_peer(peer_id))
+        times = [getattr(connection.muxed_conn, "round_trip", None) for connection in connections]
+        return min((time for time in times if time is not None), default=None)
+
+    async def put(self, key: bytes, entry: bytes) -> int:
+        """Merge our signed entry into the map at ``key``; how many other holders took it."""
+        return await self._directory.put(key, entry)
+
+    async def get(self, key: bytes) -> list[bytes]:
+        """All valid entries under ``key``."""
+        return await self._directory.get(key)
+
+    def statistics(self) -> NetworkStatistics:
+        """A snapshot."""
+        connections = self._swarm.alive()
+        return NetworkStatistics(
+            connections=len(connections),
+            peers=self.peer_count(),
+            streams=sum(len(getattr(c.muxed_conn, "streams", ())) for c in connections),
+            bytes_sent=dict(self._traffic.sent),
+            bytes_received=dict(self._traffic.received),
+            directory_keys=self._directory.stored_keys,
+            directory_peers=self._directory.known_peers,
+        )
+
+    async def _open(
+        self, peer: ID, addresses: Sequence[Multiaddr], protocol: TProtocol
+    ) -> YamuxStream:
+        try:
+            with trio.fail_after(self._limits.host.open_seconds):
+                connection = await self._swarm.connect(peer, addresses)
+                try:
+                    return await self._negotiate(connection, protocol)
+                except _NEGOTIATION_ERRORS:
+                    if not connection.muxed_conn.is_closed:
+                        raise
+                # The connection was lost under us, perhaps hours ago: a new one may do.
+                connection = await self._swarm.connect(peer, addresses)
+                return await self._negotiate(connection, protocol)
+        except (DialError, trio.TooSlowError, *_NEGOTIATION_ERRORS) as error:
+            raise self._unreachable(peer, error, protocol) from error
+
+    async def _negotiate(self, connection: SwarmConn, protocol: TProtocol) -> YamuxStream:
+        stream = await connection.muxed_conn.open_stream()
+        assert isinstance(stream, YamuxStream)
+        try:
+            await MultiselectClient().select_one_of(
+                [protocol],
+                MultiselectCommunicator(stream),
+                math.ceil(self._limits.host.open_seconds),
+            )
+        except (IOException, UnicodeDecodeError) as error:
+            stream.reset_now("the protocol could not be agreed on")
+            raise MuxedStreamError(f"it answers nonsense ({error})") from error
+        except BaseException:
+            stream.reset_now("the protocol could not be agreed on")
+            raise
+        stream.protocol = str(protocol)
+        return stream
+
+    async def _open_for_directory(self, peer: ID, protocol: TProtocol) -> YamuxStream:
+        return await self._open(peer, (), protocol)
+
+    async def _identified(self, peer: ID) -> None:
+        await self._directory.met(peer)
+
+    def _announced(self, bound: list[Multiaddr]) -> list[Multiaddr]:
+        return list(self._announce) or announced_addresses(bound)
+
+    def _unreachable(
+        self, peer: ID, error: Exception, protocol: TProtocol | None = None
+    ) -> PeerError:
+        if isinstance(error, trio.TooSlowError):
+            reason = f"no answer within {self._limits.host.open_seconds:g} s"
+        elif protocol is not None and _is_unsupported(error):
+            reason = f"it does not speak {protocol}"
+        else:
+            reason = str(error)
+        return PeerError(
+            f"cannot reach {peer}: {reason}", code=ErrorCode.UNREACHABLE, peer_id=str(peer)
+        )
+
+    def _parse_peer(self, peer_id: str) -> ID:
+        try:
+            return ID.from_string(peer_id)
+        except Exception as error:
+            raise PeerError(f"{peer_id!r} is not a peer id", code=ErrorCode.BAD_REQUEST) from error
+
+    @asynccontextmanager
+    async def running(self, listen: Sequence[Multiaddr]) -> AsyncIterator[None]:
+        """Listen and serve; ``open_network`` calls it."""
+        listeners = await _bind(listen)
+        try:
+            async with background_trio_service(self._swarm):
+                for address, listener in zip(listen, listeners, strict=True):
+                    self._swarm.listeners[str(address)] = listener
+                    self._nursery.start_soon(listener.serve, self._swarm.accept)
+                self._nursery.start_soon(self._directory.run)
+                try:
+                    yield
+                finally:
+                    await self._close_connections()
+        finally:
+            for listener in listeners:
+                await listener.close()
+
+    async def _close_connections(self) -> None:
+        """All at once: the library closes them one after another, a fifth of a second each."""
+        with trio.move_on_after(_CLOSE_SECONDS) as scope:
+            scope.shield = True
+            async with trio.open_nursery() as nursery:
+                for connection in self._swarm.alive():
+                    nursery.start_soon(connection.close)
+
+
+@asynccontextmanager
+async def open_network(
+    identity: Identity,
+    *,
+    merge: MergeEntries,
+    clock: Callable[[], float],
+    listen: Sequence[str] = (),
+    announce: Sequence[str] = (),
+    bootstrap: Sequence[str] = (),
+    limits: NetworkLimits | None = None,
+) -> AsyncIterator[Libp2pNetwork]:
+    """The network while the block runs; leaving it closes everything within two seconds.
+
+    With nothing to listen on it is a client: it dials, but holds nothing for others. ``clock`` is
+    the wall clock in unix seconds, which entries expire by. ``announce`` replaces the addresses
+    that others are told (for a forwarded port, say). Raises ConfigError for
+    an address that cannot be right or cannot be bound, PeerError if ``bootstrap`` names others and
+    none of them can be reached.
+    """
+    listen_addresses = [_parse_listen(text) for text in listen]
+    announced = [_parse_multiaddr(text, "announce") for text in announce]
+    others = [text for text in bootstrap if str(parse_peer_multiaddr(text)[0]) != identity.peer_id]
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        network = Libp2pNetwork(
+            identity,
+            nursery,
+            announce=announced,
+            merge=merge,
+            serve=bool(listen),
+            clock=clock,
+            limits=limits or NetworkLimits(),
+        )
+        # What the block raises is kept out of the nurseries, which would wrap it in a group.
+        try:
+            async with network.running(listen_addresses):
+                try:
+                    if others and not await network.join(others):
+                        raise PeerError(
+                            "no bootstrap peer could be reached, of: " + ", ".join(others),
+                            code=ErrorCode.UNREACHABLE,
+                        )
+                    yield network
+                except Exception as error:  # noqa: BLE001 - raised again below
+                    failure = error
+        except ConfigError as error:  # the addresses could not be bound
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+def parse_peer_multiaddr(text: str) -> tuple[ID, Multiaddr]:
+    """The peer id and the address of ``/ip4/…/tcp/…/p2p/<peer id>``; ConfigError otherwise."""
+    address = _parse_multiaddr(text, "bootstrap")
+    peer_id = address.get_peer_id()
+    if not peer_id:
+        raise ConfigError(
+            f"{text!r} does not say which peer is there: a bootstrap address ends in "
+            "/p2p/<peer id>, as the peer prints it when it starts"
+        )
+    return ID.from_string(peer_id), address
+
+
+def announced_addresses(bound: Sequence[Multiaddr]) -> list[Multiaddr]:
+    """What to tell others for the addresses that our sockets are bound to.
+
+    A wildcard stands for the machine's real interfaces (loopback only if there is nothing else):
+    announced literally, it would make others dial themselves.
+    """
+    addresses: dict[Multiaddr, None] = {}
+    for address in bound:
+        family = "ip4" if _value(address, "ip4") else "ip6"
+        if ip_address(_value(address, family) or "").is_unspecified:
+            for host in _interface_hosts(family):
+                addresses[Multiaddr(f"/{family}/{host}/tcp/{_value(address, 'tcp')}")] = None
+        else:
+            addresses[address] = None
+    return list(addresses)
+
+
+def _interface_hosts(family: str) -> list[str]:
+    wanted = socket.AF_INET if family == "ip4" else socket.AF_INET6
+    hosts = [
+        ip_address(address.address.partition("%")[0])
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family == wanted
+    ]
+    real = [host for host in hosts if not host.is_loopback and not host.is_link_local]
+    return [str(host) for host in (real or [host for host in hosts if host.is_loopback])]
+
+
+async def _bind(addresses: Sequence[Multiaddr]) -> list[Listener]:
+    listeners: list[Listener] = []
+    try:
+        for address in addresses:
+            host = _value(address, "ip4") or _value(address, "ip6")
+            port = int(_value(address, "tcp") or 0)
+            listeners.append(Listener(await trio.open_tcp_listeners(port, host=host)))
+    except OSError as error:
+        for listener in listeners:
+            await listener.close()
+        advice = {
+            errno.EADDRINUSE: "stop what listens there, or choose another port (/tcp/0 lets the "
+            "system choose)",
+            errno.EACCES: "choose a port above 1023",
+            errno.EADDRNOTAVAIL: "choose an address of this machine, or /ip4/0.0.0.0 for all",
+        }.get(error.errno or 0, "choose another address")
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(f"cannot listen on {address}: {reason.lower()}; {advice}") from error
+    return listeners
+
+
+def _parse_listen(text: str) -> Multiaddr:
+    address = _parse_multiaddr(text, "listen")
+    if [protocol.name for protocol in address.protocols()] not in (["ip4", "tcp"], ["ip6", "tcp"]):
+        raise ConfigError(
+            f"cannot listen on {text!r}: write /ip4/<address>/tcp/<port> or "
+            "/ip6/<address>/tcp/<port>, such as /ip4/0.0.0.0/tcp/0"
+        )
+    return address
+
+
+def _parse_multiaddr(text: str, what: str) -> Multiaddr:
+    try:
+        return Multiaddr(text)
+    except Exception as error:
+        raise ConfigError(
+            f"the {what} address {text!r} is not a multiaddr ({error}); write it as "
+            "/ip4/<address>/tcp/<port>" + ("/p2p/<peer id>" if what == "bootstrap" else "")
+        ) from error
+
+
+def _readable(text: str) -> Multiaddr | None:
+    """An address that a peer announced, or None if it makes no sense: others of it may."""
+    try:
+        return Multiaddr(text)
+    except Exception as error:  # noqa: BLE001 - the parser raises a dozen kinds
+        logger.debug("an address that cannot be read: %r", error)
+        return None
+
+
+def _value(address: Multiaddr, protocol: str) -> str | None:
+    names = [part.name for part in address.protocols()]
+    return address.value_for_protocol(protocol) if protocol in names else None
+
+
+def _is_unsupported(error: BaseException) -> bool:
+    return isinstance(error, ProtocolNotSupportedError) or "not supported" in str(error)
+
+
+def _joined(buffers: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The buffers, small neighbours joined: a header of a few bytes must not travel alone."""
+    small: list[bytes | memoryview] = []
+    size = 0
+    for buffer in buffers:
+        length = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+        if size + length <= _SMALL_SEND:
+            small.append(buffer)
+            size += length
+            continue
+        if small:
+            yield b"".join(small)
+            small, size = [], 0
+        if length <= _SMALL_SEND:
+            small, size = [buffer], length
+        else:
+            yield buffer
+    if small:
+        yield b"".join(small)

@@ -1,0 +1,642 @@
+"""Yamux: many streams over one secured connection, none of which can harm the others.
+
+Why our own and not py-libp2p's: there, cancelling a reader or a writer corrupts the connection, a
+reader that pauses for five seconds kills its writer, nothing bounds what a peer may make us buffer,
+and a frozen peer is never noticed. This one plugs into the library's public ``IMuxedConn`` and
+speaks the same wire protocol (github.com/hashicorp/yamux/blob/master/spec.md).
+
+Rules of this file:
+
+- One task reads the connection and one writes it, and nobody cancels them except to close the
+  connection. Everyone else only touches queues, and between the last await of a call and its effect
+  there is none, so a cancelled call either happened or did not.
+- Whatever arrives is handled without awaiting: a slow stream cannot hold up the others.
+- Whatever a peer can make grow has a bound (``YamuxLimits``); breaking one closes the connection.
+"""
+
+import logging
+import struct
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.connection_types import ConnectionType
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import (
+    MuxedConnUnavailable,
+    MuxedStreamClosed,
+    MuxedStreamEOF,
+    MuxedStreamError,
+    MuxedStreamReset,
+)
+from multiaddr import Multiaddr
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL_ID = "/yamux/1.0.0"
+
+_HEADER = struct.Struct("!BBHII")
+_DATA, _WINDOW_UPDATE, _PING, _GO_AWAY = range(4)
+_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
+_INITIAL_WINDOW = 256 * 1024  # fixed by the protocol
+
+# The plaintext of the largest Noise message. A frame that fits into one is sent and received as
+# one; the library's 64 KiB frames need two, which costs a third of the throughput.
+_MESSAGE_BYTES = 65535 - 16
+_MAX_PAYLOAD = _MESSAGE_BYTES - _HEADER.size
+
+_SMALL_CHUNK = 2048  # received pieces are joined up to here: one-byte frames must not cost 50 each
+_QUEUED_DATA_FRAMES = 8  # half a MiB: enough to keep the writer busy, little for others to wait for
+_QUEUED_FRAMES = 4096  # all kinds; only a peer that provokes replies and reads none gets there
+_FLUSH_SECONDS = 0.5  # what an orderly close waits for queued frames to leave
+
+
+@dataclass(frozen=True)
+class YamuxLimits:
+    """What a connection may cost, and how long its ends are waited for."""
+
+    streams: int = 256
+    """Open streams of each direction; the peer's further ones are refused, ours fail at once."""
+    window: int = 4 * 1024 * 1024
+    """Bytes a stream may have in flight to us once its reader has proved to read."""
+    window_budget: int = 64 * 1024 * 1024
+    """By how much all windows of a connection together may exceed their initial 256 KiB."""
+    unread_bytes: int = 512 * 1024 * 1024
+    """Received and not read yet, over all connections of the host. Beyond it the connection that
+    holds most is closed: well-behaved swarms stay far below."""
+    ping_seconds: float = 6.0
+    """Pause between keep-alive pings."""
+    missed_pings: int = 3
+    """Silent pauses after which the peer counts as gone. Counted in turns of our own loop, not in
+    seconds: a process that was starved or suspended itself drops nobody. (9 s dropped live peers
+    on a starved machine; 18 s did not.)"""
+    stalled_seconds: float = 600.0
+    """How long a writer waits for a reader that does not read."""
+    linger_seconds: float = 30.0
+    """How long a stream that we have closed waits for the peer to close it, too."""
+
+
+@dataclass
+class Traffic:
+    """Bytes of payload by stream protocol, over all connections of a host."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
+    unread: "Counter[YamuxConnection]" = field(default_factory=Counter)
+    """Bytes that were received and that nobody has read yet, by connection."""
+
+
+class _PeerMisbehaved(Exception):
+    """The peer broke the protocol or a limit; the message says which."""
+
+
+class YamuxStream(IMuxedStream):
+    """One stream. The library uses ``read``, ``write``, ``close``; we also use ``receive``."""
+
+    muxed_conn: "YamuxConnection"
+
+    def __init__(self, connection: "YamuxConnection", stream_id: int) -> None:
+        self.muxed_conn = connection
+        self.stream_id = stream_id
+        self.protocol = "negotiation"
+        """For the statistics; whoever negotiates it writes it here."""
+        self._chunks: deque[bytes] = deque()
+        self._window = _INITIAL_WINDOW  # its full size
+        self._receivable = _INITIAL_WINDOW  # what of it the peer may still use
+        self._consumed = 0  # what our reader has taken since the last window update
+        self._sendable = _INITIAL_WINDOW  # what we may still send
+        self._news = trio.Event()  # set when a waiting reader or writer should look again
+        self._reset = ""  # why, once the stream is broken
+        self._peer_done = False  # the peer has closed its side in an orderly way
+        self._local_closed = False
+        self._abandoned_at: float | None = None  # since when nobody here reads any more
+
+    def __repr__(self) -> str:
+        state = self._reset or ("closed" if self._local_closed else "open")
+        return f"<YamuxStream {self.stream_id} {self.protocol} {state}>"
+
+    # What callers do
+
+    async def receive(self, max_bytes: int | None = None) -> bytes:
+        """The next bytes, or b"" when the peer has closed its side."""
+        while not self._chunks:
+            if self._abandoned_at is not None:
+                raise MuxedStreamClosed("the stream is closed")
+            if self._peer_done:
+                await trio.lowlevel.checkpoint()
+                return b""
+            if self._reset:
+                raise MuxedStreamReset(self._reset)
+            await self._wait_for_news()
+        await trio.lowlevel.checkpoint()
+        if not self._chunks:  # reset, or read by somebody else, meanwhile
+            return await self.receive(max_bytes)
+        chunk = self._chunks.popleft()
+        if max_bytes is not None and len(chunk) > max_bytes:
+            self._chunks.appendleft(chunk[max_bytes:])
+            chunk = chunk[:max_bytes]
+        self._consumed += len(chunk)
+        self.muxed_conn.unread(-len(chunk))
+        if self._consumed * 2 >= self._window and not self._peer_done and not self._reset:
+            self._grant()
+        return chunk
+
+    async def read(self, n: int | None = -1) -> bytes:
+        """As the library wants it: at most ``n`` bytes, MuxedStreamEOF at the end."""
+        if n == 0:
+            return b""
+        data = await self.receive(None if n is None or n < 0 else n)
+        if not data:
+            raise MuxedStreamEOF("the peer has closed the stream")
+        return data
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """Queue ``data`` behind what is queued; waits for the peer's window and for our queue."""
+        view = memoryview(data).cast("B")
+        connection = self.muxed_conn
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while view:
+            self._check_sendable()
+            if self._sendable == 0:
+                with trio.move_on_after(connection.limits.stalled_seconds) as scope:
+                    await self._wait_for_news()
+                if scope.cancelled_caught:
+                    self.reset_now("the peer does not read what we send")
+                continue
+            await connection.data_slots.acquire()
+            size = min(len(view), self._sendable, _MAX_PAYLOAD)
+            if self._reset or self._local_closed or size == 0:
+                connection.data_slots.release()
+                continue
+            self._sendable -= size
+            connection.queue_data(self, view[:size])
+            view = view[size:]
+
+    async def close(self) -> None:
+        """Close both directions; what still arrives is answered with a reset."""
+        self.close_now()
+        await trio.lowlevel.checkpoint()
+
+    async def close_write(self) -> None:
+        """Tell the peer that no more comes, and go on reading."""
+        self._send_fin()
+        await trio.lowlevel.checkpoint()
+
+    async def reset(self) -> None:
+        """Break both directions at once."""
+        self.reset_now("reset by us")
+        await trio.lowlevel.checkpoint()
+
+    def close_now(self) -> None:
+        """``close`` without a checkpoint, for cleaning up while being cancelled."""
+        self._send_fin()
+        if self._abandoned_at is not None:
+            return
+        unread, self._abandoned_at = sum(map(len, self._chunks)), trio.current_time()
+        self._chunks.clear()
+        self.muxed_conn.unread(-unread)
+        self._news.set()
+        if unread and not self._peer_done and not self._reset:
+            self._refuse_rest()
+
+    def reset_now(self, reason: str) -> None:
+        """``reset`` without a checkpoint, for cleaning up while being cancelled."""
+        if self._reset or (self._local_closed and self._peer_done):
+            return
+        self.muxed_conn.queue_control(_WINDOW_UPDATE, _RST, self.stream_id)
+        self.broken(reason)
+
+    def set_deadline(self, ttl: int) -> None:
+        """Not supported: callers use trio's cancel scopes."""
+        raise NotImplementedError("use a trio cancel scope")
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """The peer's address, as the socket has it."""
+        return self.muxed_conn.get_remote_address()
+
+    async def __aenter__(self) -> "YamuxStream":
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # What the connection's reader does, never awaiting
+
+    def peer_sent(self, payload: bytes) -> None:
+        """Take in payload that arrived."""
+        self._receivable -= len(payload)
+        if self._receivable < 0:
+            raise _PeerMisbehaved(f"stream {self.stream_id} overran its receive window")
+        if self._abandoned_at is not None:
+            self._refuse_rest()
+        elif not self._reset:
+            if self._chunks and len(self._chunks[-1]) + len(payload) <= _SMALL_CHUNK:
+                self._chunks[-1] += payload
+            else:
+                self._chunks.append(payload)
+            self.muxed_conn.unread(len(payload))
+            self._news.set()
+
+    def peer_granted(self, increment: int) -> None:
+        """The peer has room for more."""
+        self._sendable += increment
+        self._news.set()
+
+    def peer_closed(self) -> None:
+        """The peer sends no more."""
+        self._peer_done = True
+        if self._local_closed:
+            self.muxed_conn.forget(self)
+        self._news.set()
+
+    def broken(self, reason: str) -> None:
+        """The stream or its connection is gone; what has arrived can still be read."""
+        if not self._reset:
+            self._reset = reason
+            self._local_closed = True
+            self.muxed_conn.forget(self)
+        self._news.set()
+
+    def sweep(self, now: float) -> None:
+        """Reset a stream that we closed long ago and the peer never did."""
+        if self._abandoned_at is None:
+            return
+        if now - self._abandoned_at > self.muxed_conn.limits.linger_seconds:
+            self.reset_now("the peer did not close the stream")
+
+    # Inner workings
+
+    async def _wait_for_news(self) -> None:
+        if self._news.is_set():
+            self._news = trio.Event()
+        await self._news.wait()
+
+    def _check_sendable(self) -> None:
+        if self._reset:
+            raise MuxedStreamReset(self._reset)
+        if self._local_closed:
+            raise MuxedStreamClosed("the stream is closed for sending")
+
+    def _send_fin(self) -> None:
+        if not self._local_closed:
+            self._local_closed = True
+            self.muxed_conn.queue_control(_WINDOW_UPDATE, _FIN, self.stream_id)
+            if self._peer_done:
+                self.muxed_conn.forget(self)
+            self._news.set()
+
+    def _refuse_rest(self) -> None:
+        self.muxed_conn.queue_control(_WINDOW_UPDATE, _RST, self.stream_id)
+        self.broken("closed while the peer was still sending")
+
+    def _grant(self) -> None:
+        growth = self.muxed_conn.grow_window(self._window)
+        self._window += growth
+        increment, self._consumed = self._consumed + growth, 0
+        self._receivable += increment
+        self.muxed_conn.queue_urgent(_WINDOW_UPDATE, 0, self.stream_id, increment)
+
+    @property
+    def extra_window(self) -> int:
+        """By how much the window exceeds its initial size."""
+        return self._window - _INITIAL_WINDOW
+
+
+class YamuxConnection(IMuxedConn):
+    """One connection, as the library's swarm wants it."""
+
+    def __init__(
+        self,
+        conn: ISecureConn,
+        peer_id: ID,
+        limits: YamuxLimits | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
+        self.secured_conn = conn
+        self.peer_id = peer_id
+        self.limits = limits or YamuxLimits()
+        self.traffic = traffic or Traffic()
+        self.streams: dict[int, YamuxStream] = {}
+        self.data_slots = trio.Semaphore(_QUEUED_DATA_FRAMES)
+        self.event_started = trio.Event()
+        self.event_closed = trio.Event()
+        self.round_trip: float | None = None
+        """Seconds, smoothed; None until the first ping has come back."""
+        self._initiator = conn.is_initiator
+        self._next_stream_id = 1 if self._initiator else 2
+        self._last_peer_id = 0
+        self._extra_window = 0
+        self._ordered: deque[tuple[bytes, bool]] = deque()  # (frame, whether it holds a slot)
+        self._urgent: deque[bytes] = deque()
+        self._work = trio.Event()
+        self._closing = False
+        self._peer_leaves = False
+        self._scope = trio.CancelScope()
+        self._reason = "the connection is closed"
+        self._incoming_send, self._incoming = trio.open_memory_channel[YamuxStream](
+            self.limits.streams
+        )
+        self._unparsed = b""
+        self._body_of: YamuxStream | None = None
+        self._body_left = 0
+        self._body_flags = 0
+        self._heard = 0
+        self._pings: dict[int, float] = {}
+        self._next_ping = 0
+
+    # What the library asks
+
+    @property
+    def is_initiator(self) -> bool:
+        """Whether we dialled."""
+        return self._initiator
+
+    @property
+    def is_established(self) -> bool:
+        """Whether streams can be opened."""
+        return self.event_started.is_set() and not self.is_closed
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection is over."""
+        return self.event_closed.is_set()
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        """The peer's addresses, as the connection below knows them."""
+        return self.secured_conn.get_transport_addresses()
+
+    def get_connection_type(self) -> ConnectionType:
+        """Direct or relayed."""
+        return self.secured_conn.get_connection_type()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """The peer's address, as the socket has it."""
+        return self.secured_conn.get_remote_address()
+
+    async def open_stream(self) -> YamuxStream:
+        """Open a stream; never waits for the peer."""
+        await trio.lowlevel.checkpoint()
+        if self.is_closed or self._closing or self._peer_leaves:
+            raise MuxedStreamError(self._reason if self.is_closed else "the connection is closing")
+        ours = self._next_stream_id % 2
+        if sum(1 for number in self.streams if number % 2 == ours) >= self.limits.streams:
+            raise MuxedStreamError(f"{self.limits.streams} streams are open to this peer already")
+        stream = YamuxStream(self, self._next_stream_id)
+        self._next_stream_id += 2
+        self.streams[stream.stream_id] = stream
+        self.queue_control(_WINDOW_UPDATE, _SYN, stream.stream_id)
+        return stream
+
+    async def accept_stream(self) -> YamuxStream:
+        """The next stream that the peer has opened."""
+        try:
+            return await self._incoming.receive()
+        except trio.EndOfChannel as error:
+            raise MuxedConnUnavailable(self._reason) from error
+
+    async def start(self) -> None:
+        """Run the connection until it closes. Raises nothing."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read)
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._keep_alive)
+                    self.event_started.set()
+        finally:
+            await self._shut_down()
+
+    async def close(self) -> None:
+        """Let queued frames leave, then close."""
+        if not self._closing and not self.is_closed:
+            self._closing = True
+            self.queue_urgent(_GO_AWAY, 0, 0, 0)
+        try:
+            if self.event_started.is_set():
+                with trio.move_on_after(_FLUSH_SECONDS):
+                    await self.event_closed.wait()
+        finally:
+            self._scope.cancel()
+            if not self.event_started.is_set():
+                await self._shut_down()
+
+    # What streams ask, never awaiting
+
+    def queue_data(self, stream: YamuxStream, payload: memoryview) -> None:
+        """Queue a frame of data, for which the caller holds a slot."""
+        header = _HEADER.pack(0, _DATA, 0, stream.stream_id, len(payload))
+        # The one copy: the caller may reuse its memory as soon as we return.
+        self._ordered.append((b"".join((header, payload)), True))
+        self.traffic.sent[stream.protocol] += len(payload)
+        self._work.set()
+
+    def queue_control(self, kind: int, flags: int, stream_id: int) -> None:
+        """Queue a frame that must stay behind the data queued before it."""
+        if self._may_queue():
+            self._ordered.append((_HEADER.pack(0, kind, flags, stream_id, 0), False))
+
+    def queue_urgent(self, kind: int, flags: int, stream_id: int, value: int) -> None:
+        """Queue a frame that may overtake data."""
+        if self._may_queue():
+            self._urgent.append(_HEADER.pack(0, kind, flags, stream_id, value))
+
+    def unread(self, change: int) -> None:
+        """Keep count of what waits to be read."""
+        if self.is_closed:
+            return
+        unread = self.traffic.unread
+        unread[self] += change
+        if unread[self] == 0:
+            del unread[self]
+        if change > 0 and unread.total() > self.limits.unread_bytes:
+            fullest = max(unread, key=unread.__getitem__)
+            fullest._stop("more has come from the peer than was read")
+
+    def forget(self, stream: YamuxStream) -> None:
+        """Drop a finished stream from the table."""
+        if self.streams.pop(stream.stream_id, None) is not None:
+            self._extra_window -= stream.extra_window
+
+    def grow_window(self, window: int) -> int:
+        """By how much a window of that size may grow now."""
+        growth = min(
+            window, self.limits.window - window, self.limits.window_budget - self._extra_window
+        )
+        growth = max(growth, 0)
+        self._extra_window += growth
+        return growth
+
+    # The three tasks
+
+    async def _read(self) -> None:
+        try:
+            while data := await self.secured_conn.read():
+                self._heard += 1
+                self._take_in(data)
+            self._stop("the peer closed the connection")
+        except _PeerMisbehaved as error:
+            logger.warning("closing the connection to %s: %s", self.peer_id, error)
+            self._stop(f"the peer broke the protocol: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, this connection is lost
+            self._stop(f"the connection was lost ({str(error) or type(error).__name__})")
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                if not self._urgent and not self._ordered:
+                    if self._closing:
+                        self._stop("the connection was closed by us")
+                        return
+                    self._work = trio.Event()
+                    await self._work.wait()
+                await self.secured_conn.write(self._next_message())
+        except Exception as error:  # noqa: BLE001 - whatever it is, this connection is lost
+            self._stop(f"the connection was lost ({str(error) or type(error).__name__})")
+
+    async def _keep_alive(self) -> None:
+        silent = 0
+        while silent < self.limits.missed_pings:
+            heard = self._heard
+            self._next_ping = (self._next_ping + 1) % 2**32
+            self._pings[self._next_ping] = trio.current_time()
+            self.queue_urgent(_PING, _SYN, 0, self._next_ping)
+            await trio.sleep(self.limits.ping_seconds)
+            silent = silent + 1 if heard == self._heard else 0
+            if silent == 0:
+                self._pings.clear()
+            for stream in list(self.streams.values()):
+                stream.sweep(trio.current_time())
+        self._stop("the peer has stopped answering")
+
+    # Inner workings
+
+    def _stop(self, reason: str) -> None:
+        if not self.is_closed:
+            self._reason = reason
+        self._scope.cancel()
+
+    async def _shut_down(self) -> None:
+        self.event_started.set()  # whoever waits for the start sees that it is over
+        self.event_closed.set()
+        self.traffic.unread.pop(self, None)
+        for stream in list(self.streams.values()):
+            stream.broken(self._reason)
+        self._incoming_send.close()
+        for _ in range(self.data_slots.statistics().tasks_waiting):
+            self.data_slots.release()
+        self._ordered.clear()
+        self._urgent.clear()
+        with trio.move_on_after(_FLUSH_SECONDS) as scope:
+            scope.shield = True
+            try:
+                await self.secured_conn.close()
+            except Exception as error:  # noqa: BLE001 - there is nothing left to lose
+                logger.debug("closing the connection to %s: %r", self.peer_id, error)
+
+    def _may_queue(self) -> bool:
+        if len(self._ordered) + len(self._urgent) >= _QUEUED_FRAMES:
+            self._stop("the peer provokes replies that it does not read")
+            return False
+        self._work.set()
+        return not self.is_closed
+
+    def _next_message(self) -> bytes:
+        """As many queued frames as fit into one Noise message."""
+        frames: list[bytes] = []
+        size = 0
+        while self._urgent and size + _HEADER.size <= _MESSAGE_BYTES:
+            frames.append(self._urgent.popleft())
+            size += _HEADER.size
+        while self._ordered and size + len(self._ordered[0][0]) <= _MESSAGE_BYTES:
+            frame, holds_slot = self._ordered.popleft()
+            frames.append(frame)
+            size += len(frame)
+            if holds_slot:
+                self.data_slots.release()
+        return frames[0] if len(frames) == 1 else b"".join(frames)
+
+    def _take_in(self, data: bytes) -> None:
+        if self._unparsed:
+            data = self._unparsed + data
+        position = 0
+        while True:
+            if self._body_left:
+                if position == len(data):
+                    break
+                payload = data[position : position + self._body_left]
+                position += len(payload)
+                self._body_left -= len(payload)
+                if self._body_of is not None:
+                    self.traffic.received[self._body_of.protocol] += len(payload)
+                    self._body_of.peer_sent(payload)
+                if self._body_left == 0:
+                    self._apply_end_flags(self._body_of, self._body_flags)
+                continue
+            if len(data) - position < _HEADER.size:
+                break
+            header = _HEADER.unpack_from(data, position)
+            position += _HEADER.size
+            self._take_header(*header)
+        self._unparsed = data[position:]
+
+    def _take_header(
+        self, version: int, kind: int, flags: int, stream_id: int, length: int
+    ) -> None:
+        if version != 0 or kind > _GO_AWAY:
+            raise _PeerMisbehaved(f"a frame of version {version}, type {kind}")
+        if kind == _PING:
+            if flags & _SYN:
+                self.queue_urgent(_PING, _ACK, 0, length)
+            elif sent := self._pings.pop(length, None):
+                measured = trio.current_time() - sent
+                old = measured if self.round_trip is None else self.round_trip
+                self.round_trip = 0.75 * old + 0.25 * measured
+            return
+        if kind == _GO_AWAY:
+            self._peer_leaves = True
+            return
+        stream = self._accept(stream_id) if flags & _SYN else self.streams.get(stream_id)
+        if kind == _WINDOW_UPDATE:
+            if stream is not None and length:
+                stream.peer_granted(length)
+            self._apply_end_flags(stream, flags)
+            return
+        if length > self.limits.window + self.limits.window_budget:
+            raise _PeerMisbehaved(f"a data frame of {length} bytes")
+        self._body_of, self._body_left, self._body_flags = stream, length, flags
+        if length == 0:
+            self._apply_end_flags(stream, flags)
+
+    def _apply_end_flags(self, stream: YamuxStream | None, flags: int) -> None:
+        if stream is None:
+            return
+        if flags & _RST:
+            stream.broken("the peer reset the stream")
+        elif flags & _FIN:
+            stream.peer_closed()
+
+    def _accept(self, stream_id: int) -> YamuxStream | None:
+        theirs = 0 if self._initiator else 1
+        if stream_id % 2 != theirs or stream_id <= self._last_peer_id:
+            raise _PeerMisbehaved(f"stream id {stream_id} out of turn")
+        self._last_peer_id = stream_id
+        opened = sum(1 for number in self.streams if number % 2 == theirs)
+        stream = YamuxStream(self, stream_id)
+        if opened < self.limits.streams and not self._closing:
+            try:
+                self._incoming_send.send_nowait(stream)
+            except trio.WouldBlock:
+                pass
+            else:
+                self.streams[stream_id] = stream
+                self.queue_urgent(_WINDOW_UPDATE, _ACK, stream_id, 0)
+                return stream
+        self.queue_control(_WINDOW_UPDATE, _RST, stream_id)
+        return None

@@ -1,0 +1,453 @@
+"""A node: everything wired together in one nursery.
+
+``async with Node(config) as node:`` joins the swarm, serves what the config says, and is ready to
+originate; leaving the block announces the departure, lets running steps end, and frees everything.
+"""
+
+import contextlib
+import logging
+import random  # noqa: TID251 - this is the wiring
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+import trio
+
+from .. import __version__
+from ..inference.sampling_params import SamplingParams
+from ..protocol.announcement import Announcement, PeerState, as_multiaddrs, merge_entries
+from ..protocol.errors import ConfigError, PeerError, PetalsError
+from ..protocol.frames import DESCRIBE_PROTOCOL, PROTOCOL_VERSION, SESSION_PROTOCOL, Hello
+from ..protocol.placement import choose_span
+from ..protocol.span import Span
+from ..protocol.swarm import Swarm
+from . import describe
+from .config import NodeConfig
+from .identity import load_identity, new_identity
+from .libp2p_network import Libp2pNetwork, open_network
+from .membership import Membership
+from .network import Stream
+from .router import SwarmRouter
+from .wakeup import open_flat_nursery, wait_future
+
+if TYPE_CHECKING:
+    from ..inference.checkpoint import Checkpoint
+    from .originate import Generation, GenerationHandle, Originator, Session
+    from .relay import Relay
+    from .serving import Served
+
+logger = logging.getLogger(__name__)
+
+REJOIN_INTERVAL = 20.0
+"""Seconds between two looks at whether anybody is connected; if not, bootstrap again."""
+LEAVE_TIMEOUT = 3.5
+"""Seconds for leaving in good order, of the five that a user waits at most."""
+RUNNING_STEPS_PATIENCE = 1.0
+DESCRIBED_PEERS = 64
+"""How many peers ``swarm_view`` asks for their present load; the others are as they announced."""
+
+T = TypeVar("T")
+
+
+def wall_clock() -> float:
+    """Unix seconds: what announcements are dated with."""
+    return time.time()  # noqa: TID251 - this is the wiring
+
+
+class Node:
+    """One symmetric node of the swarm. Use it as an async context manager, in trio."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        self.span: Span | None = None
+        """The blocks that this node serves."""
+        self.model_name: str | None = None
+        """What the swarm is told that the model is called, once it was opened."""
+        self._context = self._running()
+        self._dice = random.Random()  # noqa: S311 - spreads load; nothing secret
+        self._hello = Hello(PROTOCOL_VERSION, __version__[:64])
+        self._torch = ThreadPoolExecutor(1, thread_name_prefix="petals-torch")
+        self._network: Libp2pNetwork | None = None
+        self._membership: Membership | None = None
+        self._nursery: trio.Nursery | None = None
+        self._checkpoint: Checkpoint | None = None
+        self._served: Served | None = None
+        self._relay: Relay | None = None
+        self._originator: Originator | None = None
+        self._originator_lock = trio.Lock()
+        self._generations = 0
+        self._state = PeerState.JOINING
+        self._dtype = ""
+
+    async def __aenter__(self) -> "Node":
+        """Join, and serve what is to be served. Raises ConfigError, ModelError, PeerError."""
+        await self._context.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        """Leave the swarm and free everything, within a few seconds."""
+        return await self._context.__aexit__(kind, error, trace)
+
+    # --- who and where ------------------------------------------------------------------------
+
+    @property
+    def peer_id(self) -> str:
+        """Our own peer id."""
+        return self._running_network().peer_id
+
+    @property
+    def multiaddrs(self) -> tuple[str, ...]:
+        """Where others can dial us; empty for a node that does not serve."""
+        return self._running_network().multiaddrs
+
+    @property
+    def num_blocks(self) -> int | None:
+        """How many blocks the model has, once it was opened."""
+        return None if self._checkpoint is None else self._checkpoint.num_blocks
+
+    def statistics(self) -> dict[str, float]:
+        """Figures about this node, by name; what ``/petals/describe/1`` tells others, too."""
+        network = self._running_network().statistics()
+        figures: dict[str, float] = {
+            "connections": network.connections,
+            "streams": network.streams,
+            "generations": self._generations,
+            "tasks": trio.lowlevel.current_statistics().tasks_living,
+        }
+        for direction, by_protocol in (
+            ("sent", network.bytes_sent),
+            ("received", network.bytes_received),
+        ):
+            for protocol, count in by_protocol.items():
+                figures[f"bytes_{direction} {protocol}"[:64]] = count
+        if self._served is not None and self._relay is not None:
+            engine = self._served.engine.statistics()
+            figures |= {
+                "sessions": self._relay.sessions,
+                "engine_sessions": engine.sessions,
+                "cache_tokens_total": engine.cache_tokens_total,
+                "cache_tokens_used": engine.cache_tokens_used,
+                "steps": engine.steps,
+                "rounds": engine.rounds,
+                "rows": engine.rows,
+                "steps_queued": engine.queued,
+                "busy_seconds": engine.busy_seconds,
+            }
+        return figures
+
+    # --- originating --------------------------------------------------------------------------
+
+    async def submit(
+        self,
+        prompt: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> "GenerationHandle":
+        """Start generating from one prompt, or from several together in one session.
+
+        Iterate over the handle for the text as it comes. Raises ConfigError for arguments that
+        cannot be, ModelError if the model's ends cannot be loaded.
+        """
+        originator = await self._originating()
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        handle = originator.submit(prompts, params or SamplingParams(), max_length=max_length)
+        self._running_nursery().start_soon(self._generate, handle)
+        return handle
+
+    async def generate(
+        self, prompt: str, params: SamplingParams | None = None, *, max_length: int | None = None
+    ) -> "Generation":
+        """Generate from a prompt. Raises as ``submit``, and NoRoute, ModelMismatch, PeerError."""
+        handle = await self.submit(prompt, params, max_length=max_length)
+        try:
+            return await handle.result()
+        finally:
+            handle.cancel()
+
+    async def stream(self, prompt: str, params: SamplingParams | None = None) -> AsyncIterator[str]:
+        """The text of ``generate`` as it comes."""
+        handle = await self.submit(prompt, params)
+        try:
+            async for piece in handle:
+                yield piece
+        finally:
+            handle.cancel()
+
+    @contextlib.asynccontextmanager
+    async def open_session(
+        self, max_tokens: int | None = None, *, batch: int = 1, padding: Sequence[int] = ()
+    ) -> AsyncIterator["Session"]:
+        """A session that keeps its KV cache on every hop from one call to the next.
+
+        ``max_tokens`` positions are reserved; None: what the model was made for.
+        """
+        originator = await self._originating()
+        room = max_tokens or originator.checkpoint.max_length
+        async with originator.open_session(room, batch=batch, padding=padding) as session:
+            yield session
+
+    async def _generate(self, handle: "GenerationHandle") -> None:
+        self._generations += 1
+        try:
+            await handle.run()
+        finally:
+            self._generations -= 1
+
+    async def _originating(self) -> "Originator":
+        async with self._originator_lock:
+            if self._originator is None:
+                self._originator = await self._make_originator()
+            return self._originator
+
+    async def _make_originator(self) -> "Originator":
+        if self.config.model is None:
+            raise ConfigError("model: this node has none to generate with; name it (--model)")
+        checkpoint = await self._open_checkpoint()
+        membership, network = self._running_membership(), self._running_network()
+        swarm = self._swarm
+
+        def load() -> "Originator":
+            from ..inference.device import resolve_device, resolve_dtype
+            from ..inference.tensors import wire_dtype
+            from .originate import Originator
+
+            device = resolve_device(self.config.device)
+            dtype = resolve_dtype(self.config.dtype, device, checkpoint.dtype)
+            return Originator(
+                checkpoint,
+                checkpoint.load_ends(dtype, device),
+                checkpoint.load_tokenizer(),
+                wire_dtype=wire_dtype(dtype),
+                compute=self._in_torch_thread,
+                network=network,
+                router=SwarmRouter(
+                    membership,
+                    swarm,
+                    model_name=self.model_name or "the model",
+                    fingerprint=checkpoint.fingerprint,
+                    num_blocks=checkpoint.num_blocks,
+                    round_trips=self._round_trips,
+                    clock=wall_clock,
+                    dice=self._dice,
+                ),
+                swarm=swarm,
+                hello=self._hello,
+                clock=wall_clock,
+                patience=self.config.patience,
+            )
+
+        return await self._in_torch_thread(load)
+
+    def _round_trips(self) -> dict[str, float]:
+        """Seconds to the peers that we are connected to."""
+        network = self._running_network()
+        measured = {peer_id: network.round_trip(peer_id) for peer_id in network.connected_peers()}
+        return {peer_id: seconds for peer_id, seconds in measured.items() if seconds is not None}
+
+    # --- looking at the swarm -----------------------------------------------------------------
+
+    async def swarm_view(self) -> list[Announcement]:
+        """Who serves what, as of now; of the config's model, or of every model.
+
+        Raises PeerError when the swarm cannot be asked.
+        """
+        membership = self._running_membership()
+        name = None
+        if self.config.model is not None:
+            await self._open_checkpoint()
+            name = self.model_name
+        found = {peer.peer_id: peer for peer in await membership.find(name)}
+
+        async def ask(peer: Announcement) -> None:
+            with contextlib.suppress(PeerError):
+                fresh, _ = await self.describe(peer.peer_id, peer.multiaddrs)
+                if fresh is not None:
+                    found[peer.peer_id] = fresh
+
+        async with trio.open_nursery() as nursery:
+            for peer in list(found.values())[:DESCRIBED_PEERS]:
+                nursery.start_soon(ask, peer)
+        return list(found.values())
+
+    async def describe(
+        self, peer_id: str, multiaddrs: Sequence[str] = ()
+    ) -> tuple[Announcement | None, Mapping[str, float]]:
+        """Ask a peer for its announcement and its figures. Raises PeerError."""
+        return await describe.ask(
+            self._running_network(), peer_id, multiaddrs, self._hello, now=wall_clock()
+        )
+
+    # --- the life of a node -------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        config = self.config
+        file = config.identity_file
+        identity = new_identity() if file is None else load_identity(file)
+        self._swarm = Swarm(identity.peer_id)
+        async with open_network(
+            identity,
+            merge=lambda old, new, now: merge_entries(old, new, now, self._dice),
+            clock=wall_clock,
+            listen=config.listen if config.serve else (),
+            bootstrap=config.bootstrap,
+        ) as self._network:
+            self._membership = Membership(
+                self._network,
+                self._swarm,
+                sign=identity.sign,
+                describe=self._describe_self,
+                clock=wall_clock,
+                dice=self._dice,
+            )
+            async with open_flat_nursery() as self._nursery:
+                try:
+                    self._network.handle(DESCRIBE_PROTOCOL, self._answer_describe)
+                    self._nursery.start_soon(self._stay_joined)
+                    if config.serve and config.model is not None:
+                        await self._start_serving()
+                    yield
+                finally:
+                    with trio.move_on_after(LEAVE_TIMEOUT, shield=True):
+                        await self._leave()
+                    self._nursery.cancel_scope.cancel()
+                    self._torch.shutdown(wait=False, cancel_futures=True)
+
+    async def _start_serving(self) -> None:
+        network, membership = self._running_network(), self._running_membership()
+        checkpoint = await self._open_checkpoint()
+        self.span = await self._choose_span(checkpoint)
+        await self._running_nursery().start(membership.run)
+
+        from . import relay, serving
+
+        served = await self._in_torch_thread(
+            partial(serving.load, checkpoint, self.span, self.config, logger.info)
+        )
+        self._served = served
+        self._relay = relay.Relay(
+            network,
+            served.engine,
+            model=checkpoint.fingerprint,
+            span=self.span,
+            hidden_size=checkpoint.hidden_size,
+            hello=self._hello,
+            on_load_change=membership.changed,
+        )
+        network.handle(SESSION_PROTOCOL, self._relay.handle)
+        self._state = PeerState.ONLINE
+        await membership.announce()
+
+    async def _choose_span(self, checkpoint: "Checkpoint") -> Span:
+        from . import serving
+
+        membership = self._running_membership()
+        membership.watch(checkpoint.fingerprint, checkpoint.num_blocks)
+        capacity = await self._in_torch_thread(partial(serving.capacity, checkpoint, self.config))
+        self._dtype = capacity.dtype
+        if capacity.span is not None:
+            return capacity.span
+        with contextlib.suppress(PeerError):  # nobody there: everything is equally weak
+            await membership.refresh(checkpoint.fingerprint, checkpoint.num_blocks)
+        return choose_span(
+            self._swarm.peers(wall_clock(), checkpoint.fingerprint),
+            checkpoint.num_blocks,
+            capacity.num_blocks,
+            self._dice,
+        )
+
+    async def _open_checkpoint(self) -> "Checkpoint":
+        if self._checkpoint is None:
+
+            def load() -> "tuple[Checkpoint, str]":
+                from . import serving
+
+                checkpoint = serving.open_model(self.config)
+                return checkpoint, serving.announced_name(checkpoint)
+
+            self._checkpoint, self.model_name = await self._in_torch_thread(load)
+        return self._checkpoint
+
+    async def _in_torch_thread(self, function: Callable[[], T]) -> T:
+        """Run ``function`` where this process loads weights and runs the ends."""
+        return await wait_future(self._torch.submit(function))
+
+    async def _stay_joined(self) -> None:
+        """Bootstrap again when nobody is connected any more (an outage, a restarted peer)."""
+        network = self._running_network()
+        while self.config.bootstrap:
+            await trio.sleep(REJOIN_INTERVAL)
+            if network.peer_count() == 0:
+                reached = await network.join(self.config.bootstrap)
+                logger.info("nobody was connected; reached %d bootstrap peers", reached)
+
+    async def _leave(self) -> None:
+        self._state = PeerState.DRAINING
+        async with trio.open_nursery() as nursery:
+            if self._served is not None:
+                nursery.start_soon(self._running_membership().leave)
+            if self._relay is not None:
+                nursery.start_soon(self._relay.leave, RUNNING_STEPS_PATIENCE)
+        if self._served is not None:
+            self._served.engine.shutdown()
+
+    # --- what we say of ourselves -------------------------------------------------------------
+
+    def _describe_self(self, sequence: int, expires_at: float) -> Announcement | None:
+        checkpoint = self._checkpoint
+        if checkpoint is None or self.span is None or self.model_name is None:
+            return None
+        served, relay = self._served, self._relay
+        used = None if served is None else served.engine.statistics()
+        return Announcement(
+            peer_id=self.peer_id,
+            multiaddrs=as_multiaddrs(self.multiaddrs),
+            model=checkpoint.fingerprint,
+            model_name=self.model_name,
+            num_blocks=checkpoint.num_blocks,
+            span=self.span,
+            state=self._state,
+            dtype=self._dtype,
+            decode_speed=0.0 if served is None else served.throughput.decode,
+            prefill_speed=0.0 if served is None else served.throughput.prefill,
+            cache_tokens_left=(
+                0 if used is None else used.cache_tokens_total - used.cache_tokens_used
+            ),
+            sessions=0 if relay is None else relay.sessions,
+            version=__version__[:24],
+            sequence=sequence,
+            expires_at=expires_at,
+            public_name=self.config.public_name,
+        )
+
+    async def _answer_describe(self, stream: Stream) -> None:
+        await describe.answer(
+            stream,
+            self._hello,
+            announcement=self._running_membership().describe,
+            figures=self.statistics,
+        )
+
+    def _running_network(self) -> Libp2pNetwork:
+        if self._network is None:
+            raise PetalsError("the node is not running: use it inside `async with Node(config)`")
+        return self._network
+
+    def _running_membership(self) -> Membership:
+        self._running_network()
+        assert self._membership is not None
+        return self._membership
+
+    def _running_nursery(self) -> trio.Nursery:
+        self._running_network()
+        assert self._nursery is not None
+        return self._nursery

@@ -1,0 +1,383 @@
+"""Serve other people's sessions: the shell around ``protocol/hop.py`` and the engine.
+
+A session lives exactly as long as the control stream on which its originator opened it. Its tasks
+are children of that stream's handler: one computes, one sends onward, one watches the clock. Steps
+come in on a second stream, the predecessor's link, whose handler only feeds the hop; so a link may
+break and come again without the session noticing.
+"""
+
+import collections
+import logging
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+
+import trio
+
+from ..inference.engine import Engine
+from ..protocol.codec import max_rows
+from ..protocol.errors import (
+    CacheFull,
+    ErrorCode,
+    LocalProtocolError,
+    PeerError,
+    PetalsError,
+    RemoteProtocolError,
+)
+from ..protocol.frames import (
+    SESSION_PROTOCOL,
+    Close,
+    Failed,
+    Hello,
+    Link,
+    Open,
+    Peer,
+    Probe,
+    Ready,
+    Refused,
+    Relink,
+    Resume,
+    Step,
+)
+from ..protocol.hop import (
+    IDLE_TIMEOUT,
+    Compute,
+    Computed,
+    DialSuccessor,
+    Event,
+    Hop,
+    Linked,
+    Refusal,
+    Reply,
+    SuccessorLost,
+    Welcome,
+    check_open,
+)
+from ..protocol.span import Span
+from .frame_stream import FrameStream, failed, open_frame_stream, refused
+from .network import Network, Stream
+from .wakeup import Signal, open_flat_nursery, wait_future
+
+logger = logging.getLogger(__name__)
+
+STEP_ROWS = 128
+"""Rows per sequence of a step when more are at hand: small enough that hops work at the same time
+on different parts of a long prompt, large enough to keep the matrix products efficient."""
+QUEUED_STEPS = 2
+"""Steps of one session taken in but not computed; more wait in the predecessor's stream."""
+LINK_PATIENCE = 10.0
+"""Seconds that an early link waits for the session's ``open`` or ``relink``, which come from the
+originator on another connection."""
+FIRST_FRAME_TIMEOUT = 10.0
+"""Seconds for a new stream to say what it is for."""
+LINK_ATTEMPTS = 4
+LINK_RETRY_DELAY = 0.25
+"""Seconds before a broken link to the successor is dialled again; doubles each time."""
+LAST_WORD_TIMEOUT = 1.0
+MAX_SESSIONS = 1024
+"""Sessions at one node, whatever the cache would hold: each costs tasks and two streams."""
+
+
+class RelayedSession:
+    """One session at this hop, shared by its control stream and its link."""
+
+    def __init__(self, opened: Open, control: FrameStream, hop: Hop) -> None:
+        self.opened = opened
+        self.control = control
+        self.hop = hop
+        self.changed = Signal()
+        self.steps: collections.deque[Step] = collections.deque()
+        """Taken in and not computed; the first one is in the engine."""
+        self.scope = trio.CancelScope()
+        self.link_scope = trio.CancelScope()
+        self.successor_scope = trio.CancelScope()
+        self.closed = trio.Event()
+        self.ending: Failed | None = None
+        """What to tell the originator at the end, if it is not the originator that ends it."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is being computed or waits to be."""
+        return bool(self.steps)
+
+    def receive(self, event: Event) -> list[Reply]:
+        """Tell the hop and do what it asks for; returns what the caller is to send back."""
+        replies: list[Reply] = []
+        for effect in self.hop.receive(event, trio.current_time()):
+            if isinstance(effect, Reply):
+                replies.append(effect)
+            elif isinstance(effect, Compute):
+                self.steps.append(effect.step)
+            elif isinstance(effect, DialSuccessor):
+                self.successor_scope.cancel()
+        self.changed.notify()
+        return replies
+
+    def end(self, last_word: Failed) -> None:
+        """End the session from our side."""
+        self.ending = last_word
+        self.scope.cancel()
+
+
+class Relay:
+    """The sessions that pass through this node's span."""
+
+    def __init__(
+        self,
+        network: Network,
+        engine: Engine,
+        *,
+        model: str,
+        span: Span,
+        hidden_size: int,
+        hello: Hello,
+        on_load_change: Callable[[], None],
+    ) -> None:
+        self._network = network
+        self._engine = engine
+        self._model = model
+        self._span = span
+        self._hidden_size = hidden_size
+        self._hello = hello
+        self._on_load_change = on_load_change
+        self._sessions: dict[bytes, RelayedSession] = {}
+        self._changed = Signal()
+        self._leaving = False
+
+    @property
+    def sessions(self) -> int:
+        """Sessions open now."""
+        return len(self._sessions)
+
+    async def handle(self, stream: Stream) -> None:
+        """Serve one inbound stream of the session protocol."""
+        frames = FrameStream(stream, self._hello)
+        try:
+            first = None
+            with trio.move_on_after(FIRST_FRAME_TIMEOUT):
+                first = await frames.receive()
+            if isinstance(first, Open):
+                await self._serve_session(frames, first)
+            elif isinstance(first, Link):
+                await self._serve_link(frames, first)
+            elif first is not None:
+                raise RemoteProtocolError(f"a session begins with open or link, not {first.KIND}")
+        except Refusal as refusal:
+            await _say(frames, refused(refusal.code, str(refusal)))
+        except CacheFull as full:
+            await _say(frames, refused(ErrorCode.BUSY, str(full), full.retry_after))
+        except RemoteProtocolError as error:
+            logger.warning("peer %s broke the protocol: %s", frames.peer_id, error)
+            await _say(frames, failed(ErrorCode.PROTOCOL, str(error)))
+        except PeerError as error:
+            logger.debug("stream of %s ended: %s", frames.peer_id, error)
+
+    async def leave(self, patience: float) -> None:
+        """Refuse new sessions, let running steps end for ``patience`` seconds, end all sessions."""
+        self._leaving = True
+        with trio.move_on_after(patience):
+            while any(session.busy for session in self._sessions.values()):
+                await self._changed.wait()
+        for session in list(self._sessions.values()):
+            session.end(failed(ErrorCode.LEAVING, "this node is shutting down"))
+        with trio.move_on_after(patience):
+            while self._sessions:
+                await self._changed.wait()
+
+    # --- a session, on its control stream -----------------------------------------------------
+
+    async def _serve_session(self, control: FrameStream, opened: Open) -> None:
+        if self._leaving:
+            raise Refusal(ErrorCode.LEAVING, "this node is shutting down")
+        rows = max_rows(opened.batch, self._hidden_size, opened.wire_dtype)
+        check_open(opened, model=self._model, span_served=self._span, max_rows=rows)
+        await self._replace(opened, control.peer_id)
+        if len(self._sessions) >= MAX_SESSIONS:
+            raise CacheFull(f"this node has {MAX_SESSIONS} sessions already", retry_after=5.0)
+        self._engine.open(
+            opened.session,
+            batch=opened.batch,
+            max_tokens=opened.max_tokens,
+            padding=opened.padding,
+        )
+        hop = Hop(opened, hidden_size=self._hidden_size, now=trio.current_time())
+        session = RelayedSession(opened, control, hop)
+        self._sessions[opened.session] = session
+        self._changed.notify()
+        self._on_load_change()
+        try:
+            with session.scope:
+                left = self._engine.statistics()
+                await control.send(
+                    Ready(opened.epoch, left.cache_tokens_total - left.cache_tokens_used)
+                )
+                async with open_flat_nursery() as nursery:
+                    nursery.start_soon(self._compute, session)
+                    nursery.start_soon(self._send_onward, session, min(rows, STEP_ROWS))
+                    nursery.start_soon(self._watch_idle, session)
+                    await self._read_control(session)
+                    nursery.cancel_scope.cancel()
+        finally:
+            session.link_scope.cancel()
+            self._engine.close(opened.session)
+            del self._sessions[opened.session]
+            session.closed.set()
+            self._changed.notify()
+            self._on_load_change()
+        if session.ending is not None:
+            await _say(control, session.ending)
+
+    async def _replace(self, opened: Open, peer_id: str) -> None:
+        """An originator that opens its session again has lost the old control stream."""
+        old = self._sessions.get(opened.session)
+        if old is None:
+            return
+        if old.control.peer_id != peer_id or opened.epoch <= old.hop.epoch:
+            raise Refusal(ErrorCode.BAD_REQUEST, "a session of this id is open already")
+        old.scope.cancel()
+        await old.closed.wait()
+
+    async def _read_control(self, session: RelayedSession) -> None:
+        """Until the originator closes the session or its stream."""
+        while True:
+            frame = await session.control.receive()
+            if frame is None or isinstance(frame, Close):
+                return
+            if not isinstance(frame, Relink | Probe):
+                raise RemoteProtocolError(f"{frame.KIND} has no place on a control stream")
+            for reply in session.receive(frame):
+                await session.control.send(reply.frame)
+            self._changed.notify()  # a link may have been waiting for this epoch
+
+    async def _compute(self, session: RelayedSession) -> None:
+        while True:
+            while not session.steps:
+                await session.changed.wait()
+            step = session.steps[0]
+            try:
+                hidden = await wait_future(
+                    self._engine.submit(
+                        session.opened.session,
+                        position=step.position,
+                        hidden=step.hidden,
+                        wire_dtype=session.opened.wire_dtype,
+                        span=session.opened.span,
+                    )
+                )
+            except (PetalsError, CancelledError) as error:
+                logger.warning("session of %s failed: %s", session.control.peer_id, error)
+                session.end(failed(ErrorCode.COMPUTE, str(error)))
+                return
+            session.steps.popleft()
+            session.receive(Computed(step, hidden))
+            if self._leaving:
+                self._changed.notify()
+
+    async def _watch_idle(self, session: RelayedSession) -> None:
+        deadline = session.hop.next_deadline()
+        while deadline > trio.current_time():
+            await trio.sleep_until(deadline)
+            deadline = session.hop.next_deadline()
+        session.end(failed(ErrorCode.TIMEOUT, f"session idle for {IDLE_TIMEOUT:.0f} s"))
+
+    # --- onward: to the successor, or back to the originator ----------------------------------
+
+    async def _send_onward(self, session: RelayedSession, rows: int) -> None:
+        while True:
+            with trio.CancelScope() as session.successor_scope:
+                if session.hop.successor is None:
+                    await self._send_outgoing(session, session.control, rows)
+                else:
+                    await self._link_successor(session, session.hop.successor, rows)
+
+    async def _send_outgoing(self, session: RelayedSession, stream: FrameStream, rows: int) -> None:
+        while True:
+            outgoing = session.hop.next_outgoing(rows)
+            if outgoing is None:
+                await session.changed.wait()
+            else:
+                await stream.send(outgoing)
+
+    async def _link_successor(self, session: RelayedSession, successor: Peer, rows: int) -> None:
+        """Keep a link to ``successor`` until it is relinked (which cancels this)."""
+        attempts = 0
+        while True:
+            try:
+                await self._run_link(session, successor, rows)
+            except (PeerError, RemoteProtocolError) as error:
+                logger.info("link to %s broke: %s", successor.peer_id, error)
+                reason = str(error)
+            attempts = 1 if session.hop.successor_linked else attempts + 1
+            session.receive(SuccessorLost())
+            if attempts >= LINK_ATTEMPTS:
+                await session.control.send(failed(ErrorCode.UNREACHABLE, reason, successor.peer_id))
+                await trio.sleep_forever()  # until the originator relinks or closes
+            await trio.sleep(LINK_RETRY_DELAY * 2 ** (attempts - 1))
+
+    async def _run_link(self, session: RelayedSession, successor: Peer, rows: int) -> None:
+        """One life of the link; always ends in PeerError or RemoteProtocolError."""
+        stream = await open_frame_stream(
+            self._network, successor.peer_id, successor.multiaddrs, SESSION_PROTOCOL, self._hello
+        )
+        try:
+            await stream.send(Link(session.opened.session, session.hop.epoch))
+            async with open_flat_nursery() as nursery:
+                nursery.start_soon(self._send_outgoing, session, stream, rows)
+                while True:
+                    frame = await stream.receive()
+                    if isinstance(frame, Resume):
+                        session.receive(frame)
+                        continue
+                    if isinstance(frame, Refused | Failed):
+                        raise PeerError(frame.reason, code=frame.code, peer_id=successor.peer_id)
+                    said = "closed the link" if frame is None else f"sent {frame.KIND} on it"
+                    raise PeerError(f"peer {successor.peer_id} {said}", peer_id=successor.peer_id)
+        finally:
+            await stream.close()
+
+    # --- in: the predecessor's link -----------------------------------------------------------
+
+    async def _serve_link(self, stream: FrameStream, link: Link) -> None:
+        session = await self._welcome(stream.peer_id, link)
+        session.link_scope.cancel()  # a predecessor that links again has lost the link before
+        with trio.CancelScope() as session.link_scope:
+            try:
+                for reply in session.receive(Linked()):
+                    await stream.send(reply.frame)
+                await self._read_link(session, stream)
+            except RemoteProtocolError as error:
+                await _say(session.control, failed(ErrorCode.PROTOCOL, str(error), stream.peer_id))
+                raise
+
+    async def _welcome(self, peer_id: str, link: Link) -> RelayedSession:
+        with trio.move_on_after(LINK_PATIENCE):
+            while True:
+                session = self._sessions.get(link.session)
+                if session is not None:
+                    welcome = session.hop.link_welcome(peer_id, link.epoch)
+                    if welcome is Welcome.ACCEPT:
+                        return session
+                    if welcome is Welcome.REFUSE:
+                        break
+                await self._changed.wait()
+        raise Refusal(ErrorCode.UNKNOWN_SESSION, "no session here that you are to link to")
+
+    async def _read_link(self, session: RelayedSession, stream: FrameStream) -> None:
+        while True:
+            while len(session.steps) >= QUEUED_STEPS:
+                await session.changed.wait()
+            frame = await stream.receive()
+            if frame is None:
+                return
+            if not isinstance(frame, Step):
+                raise RemoteProtocolError(f"{frame.KIND} has no place on a link")
+            for reply in session.receive(frame):
+                await stream.send(reply.frame)
+
+
+async def _say(stream: FrameStream, frame: Refused | Failed) -> None:
+    """Tell the peer, if it still listens; a short last word, also while being cancelled."""
+    with trio.move_on_after(LAST_WORD_TIMEOUT, shield=True):
+        try:
+            await stream.send(frame)
+        except (PeerError, LocalProtocolError) as error:
+            logger.debug("could not tell %s: %s", stream.peer_id, error)

@@ -1,0 +1,476 @@
+"""A session as its originator runs it: the shell around ``protocol/chain.py``.
+
+One task per hop holds its control stream, one holds the link to the first hop, one plans routes for
+missing blocks, one watches the clock. All of them are children of the session's nursery and end
+with it; the chain decides, they carry out.
+"""
+
+import collections
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Protocol
+
+import trio
+
+from ..protocol.chain import (
+    Chain,
+    ChainHop,
+    ChainState,
+    Closed,
+    Deliver,
+    DropHop,
+    Event,
+    HopLost,
+    HopReady,
+    HopState,
+    LinkFirst,
+    OpenHop,
+    ProbeHop,
+    RelinkHop,
+    Returned,
+    Routed,
+    SessionTerms,
+    Ticked,
+)
+from ..protocol.checks import SESSION_ID_BYTES
+from ..protocol.codec import max_rows
+from ..protocol.errors import ConfigError, ErrorCode, NoRoute, PeerError, RemoteProtocolError
+from ..protocol.frames import (
+    SESSION_PROTOCOL,
+    Close,
+    Failed,
+    Frame,
+    Hello,
+    Link,
+    Output,
+    Peer,
+    Probe,
+    Ready,
+    Refused,
+    Resume,
+    State,
+    Step,
+)
+from ..protocol.routing import RouteHop
+from ..protocol.span import Span
+from ..protocol.swarm import Swarm
+from ..protocol.tensor import WireTensor
+from .frame_stream import FrameStream, open_frame_stream
+from .network import Network
+from .relay import STEP_ROWS
+from .wakeup import Signal, open_flat_nursery
+
+logger = logging.getLogger(__name__)
+
+OPEN_TIMEOUT = 15.0
+"""Seconds for a hop to be dialled and to say ready."""
+CLOSE_TIMEOUT = 1.0
+ROUTE_RETRY_DELAY = 0.5
+"""Seconds before a route is looked for again when nobody serves some blocks."""
+
+
+class Router(Protocol):
+    """Finds peers for missing blocks."""
+
+    async def route(
+        self,
+        span: Span,
+        *,
+        cache_tokens: int,
+        exclude: frozenset[str],
+        source: str | None,
+        sink: str | None,
+        fresh: bool,
+    ) -> Sequence[RouteHop]:
+        """Hops for ``span`` in order. Raises NoRoute.
+
+        ``source`` and ``sink`` are the peers before and behind it, None for the originator.
+        ``fresh``: ask the swarm again first, what is known was not enough.
+        """
+        ...
+
+
+EmbedRows = Callable[[int, int], Awaitable[WireTensor]]
+"""From ``start, stop`` to the embeddings [batch, stop - start, hidden_size] of those positions."""
+
+
+class Ring:
+    """One session: tokens go in at the front, hidden states of the last block come back.
+
+    Made by ``open_ring``. One caller at a time.
+    """
+
+    def __init__(
+        self,
+        terms: SessionTerms,
+        *,
+        network: Network,
+        router: Router,
+        swarm: Swarm,
+        hello: Hello,
+        embed: EmbedRows,
+        clock: Callable[[], float],
+        patience: float,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._terms = terms
+        self._network = network
+        self._router = router
+        self._swarm = swarm
+        self._hello = hello
+        self._embed = embed
+        self._clock = clock
+        self._patience = patience
+        self._nursery = nursery
+        self._max_rows = min(STEP_ROWS, max_rows(terms.batch, terms.hidden_size, terms.wire_dtype))
+        self._chain = Chain(terms, own_peer_id=network.peer_id, now=trio.current_time())
+        self._outboxes: dict[str, collections.deque[Frame]] = {}
+        self._hop_scopes: dict[str, trio.CancelScope] = {}
+        self._link_scope = trio.CancelScope()
+        self._delivered: collections.deque[WireTensor] = collections.deque()
+        self._changed = Signal()
+        self._error: NoRoute | None = None
+        self._conversing = 0
+        """Hops that we still talk to."""
+
+    @property
+    def state(self) -> ChainState:
+        """Whether the session is looking for a route, opening it, or running."""
+        return self._chain.state
+
+    @property
+    def route(self) -> tuple[RouteHop, ...]:
+        """The hops that the session runs through now."""
+        return tuple(
+            RouteHop(hop.peer.peer_id, hop.peer.multiaddrs, hop.span) for hop in self._chain.hops
+        )
+
+    @property
+    def recoveries(self) -> int:
+        """How often the route was mended."""
+        return self._chain.recoveries
+
+    @property
+    def length(self) -> int:
+        """Positions sent around so far."""
+        return self._chain.length
+
+    @property
+    def room(self) -> int:
+        """Positions that still fit."""
+        return self._terms.max_tokens - self._chain.length
+
+    def rewind(self, position: int) -> None:
+        """Forget the positions from ``position`` on, here and, with the next step, at every hop."""
+        self._chain.rewind(position)
+        self._delivered.clear()
+
+    async def step(self, rows: int, *, want: int) -> list[WireTensor]:
+        """Send the next ``rows`` positions around; returns the last ``want`` rows of the output.
+
+        The rows come as tensors [batch, some, hidden_size] to be joined along the rows. Raises
+        NoRoute when nobody serves some blocks for longer than the session's patience.
+        """
+        chain = self._chain
+        self._delivered.clear()  # of a step that was cancelled
+        chain.append(rows, want_from=chain.length + rows - want, now=trio.current_time())
+        self._changed.notify()
+        while chain.expected < chain.length:
+            self._raise_error()
+            await self._changed.wait()
+        self._raise_error()
+        outputs = list(self._delivered)
+        self._delivered.clear()
+        return outputs
+
+    async def wait_open(self) -> None:
+        """Return once every hop has said ready. Raises NoRoute."""
+        while self._chain.state is not ChainState.RUNNING:
+            self._raise_error()
+            await self._changed.wait()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # --- the chain's effects ------------------------------------------------------------------
+
+    def _receive(self, event: Event) -> None:
+        for effect in self._chain.receive(event, trio.current_time()):
+            if isinstance(effect, OpenHop):
+                self._start_hop(effect)
+            elif isinstance(effect, RelinkHop):
+                self._outboxes[effect.peer_id].append(effect.frame)
+            elif isinstance(effect, ProbeHop):
+                self._outboxes[effect.peer_id].append(Probe(effect.nonce))
+            elif isinstance(effect, DropHop):
+                self._drop_hop(effect)
+            elif isinstance(effect, LinkFirst):
+                self._link_scope.cancel()
+                self._link_scope = trio.CancelScope()
+                self._nursery.start_soon(self._link_first, effect, self._link_scope)
+            elif isinstance(effect, Deliver):
+                self._delivered.append(effect.hidden)
+        self._changed.notify()
+
+    def _start_hop(self, effect: OpenHop) -> None:
+        peer_id = effect.peer.peer_id
+        self._hop_scopes[peer_id] = scope = trio.CancelScope()
+        self._outboxes[peer_id] = outbox = collections.deque([effect.frame])
+        self._nursery.start_soon(self._run_hop, effect.peer, outbox, scope)
+
+    def _drop_hop(self, effect: DropHop) -> None:
+        """Say goodbye, for a moment; the hop frees its cache when the stream ends, too."""
+        self._outboxes.pop(effect.peer_id).append(Close(effect.reason))
+        self._hop_scopes.pop(effect.peer_id).deadline = trio.current_time() + CLOSE_TIMEOUT
+
+    # --- one hop's control stream -------------------------------------------------------------
+
+    async def _run_hop(
+        self, peer: Peer, outbox: collections.deque[Frame], scope: trio.CancelScope
+    ) -> None:
+        def mine() -> bool:
+            return self._outboxes.get(peer.peer_id) is outbox
+
+        reason = "cut off"
+        self._conversing += 1
+        try:
+            with scope:
+                await self._converse(peer, outbox, mine)
+        except (PeerError, RemoteProtocolError) as error:
+            reason = str(error)
+        finally:
+            self._conversing -= 1
+            self._changed.notify()
+        if mine():
+            logger.info("hop %s lost: %s", peer.peer_id, reason)
+            self._swarm.failed(peer.peer_id, self._clock())
+            self._receive(HopLost(peer.peer_id, reason))
+
+    async def _converse(
+        self, peer: Peer, outbox: collections.deque[Frame], mine: Callable[[], bool]
+    ) -> None:
+        """Until ``close`` has been sent; every other end is a PeerError."""
+        with trio.move_on_after(OPEN_TIMEOUT) as opening:
+            stream = await open_frame_stream(
+                self._network, peer.peer_id, peer.multiaddrs, SESSION_PROTOCOL, self._hello
+            )
+            try:
+                async with open_flat_nursery() as nursery:
+                    nursery.start_soon(self._read_hop, peer, stream, opening, mine)
+                    while True:
+                        while not outbox:
+                            await self._changed.wait()
+                        frame = outbox.popleft()
+                        await stream.send(frame)
+                        if isinstance(frame, Close):
+                            nursery.cancel_scope.cancel()
+                            return
+            finally:
+                await stream.close()
+        raise PeerError(
+            f"did not answer within {OPEN_TIMEOUT:.0f} s",
+            code=ErrorCode.TIMEOUT,
+            peer_id=peer.peer_id,
+        )
+
+    async def _read_hop(
+        self,
+        peer: Peer,
+        stream: FrameStream,
+        opening: trio.CancelScope,
+        mine: Callable[[], bool],
+    ) -> None:
+        while True:
+            frame = await stream.receive()
+            if not mine():
+                continue
+            if isinstance(frame, Ready):
+                opening.deadline = float("inf")
+                self._swarm.succeeded(peer.peer_id)
+                self._receive(HopReady(peer.peer_id))
+            elif isinstance(frame, Output):
+                self._receive(Returned(peer.peer_id, frame))
+            elif isinstance(frame, State):
+                self._receive(HopState(peer.peer_id, frame))
+            elif isinstance(frame, Failed) and frame.peer_id not in (None, peer.peer_id):
+                self._blame(frame)
+            elif isinstance(frame, Failed | Refused):
+                raise PeerError(frame.reason, code=frame.code, peer_id=peer.peer_id)
+            else:
+                said = "closed the session" if frame is None else f"sent {frame.KIND}"
+                raise PeerError(said, peer_id=peer.peer_id)
+
+    def _blame(self, frame: Failed) -> None:
+        """A hop says that its neighbour is at fault; if that is one of ours, replace it."""
+        if frame.peer_id in self._hop_scopes:
+            logger.info("hop %s blamed: %s", frame.peer_id, frame.reason)
+            self._swarm.failed(frame.peer_id, self._clock())
+            self._receive(HopLost(frame.peer_id, frame.reason))
+
+    # --- our own link to the first hop --------------------------------------------------------
+
+    async def _link_first(self, effect: LinkFirst, scope: trio.CancelScope) -> None:
+        peer = effect.peer
+        with scope:
+            try:
+                stream = await open_frame_stream(
+                    self._network, peer.peer_id, peer.multiaddrs, SESSION_PROTOCOL, self._hello
+                )
+                try:
+                    await stream.send(Link(self._terms.session, effect.epoch))
+                    async with open_flat_nursery() as nursery:
+                        nursery.start_soon(self._send_steps, stream)
+                        while True:
+                            await self._read_link(peer, await stream.receive())
+                finally:
+                    await stream.close()
+            except (PeerError, RemoteProtocolError) as error:
+                reason = f"link: {error}"
+            logger.info("link to first hop %s broke: %s", peer.peer_id, reason)
+            self._receive(HopLost(peer.peer_id, reason))
+
+    async def _read_link(self, peer: Peer, frame: Frame | None) -> None:
+        if isinstance(frame, Resume):
+            self._receive(frame)
+        elif isinstance(frame, Refused | Failed):
+            raise PeerError(frame.reason, code=frame.code, peer_id=peer.peer_id)
+        else:
+            said = "closed the link" if frame is None else f"sent {frame.KIND} on the link"
+            raise PeerError(said, peer_id=peer.peer_id)
+
+    async def _send_steps(self, stream: FrameStream) -> None:
+        while True:
+            due = self._chain.next_due(self._max_rows)
+            if due is None:
+                await self._changed.wait()
+                continue
+            want_from = self._chain.expected
+            hidden = await self._embed(due.start, due.stop)
+            await stream.send(
+                Step(due.link, due.sequence, due.rewind, due.start, want_from, hidden)
+            )
+
+    # --- the route ----------------------------------------------------------------------------
+
+    async def plan_routes(self) -> None:
+        """Find hops for missing blocks, whenever there are some; a task of the session."""
+        while True:
+            while not self._chain.missing:
+                await self._changed.wait()
+            await self._mend()
+
+    async def _mend(self) -> None:
+        give_up = trio.current_time() + self._patience
+        fresh = False
+        while missing := self._chain.missing:
+            try:
+                hops = await self._plan(missing, fresh=fresh)
+            except NoRoute as error:
+                if trio.current_time() >= give_up:
+                    self._error = error
+                    self._changed.notify()
+                    await trio.sleep_forever()
+                if fresh:
+                    await trio.sleep(ROUTE_RETRY_DELAY)
+                fresh = True
+                continue
+            planned = [block for hop in hops for block in range(hop.span.start, hop.span.end)]
+            needed = [block for gap in self._chain.missing for block in range(gap.start, gap.end)]
+            if planned == needed:  # else something was lost while we planned
+                self._receive(Routed(hops))
+
+    async def _plan(self, missing: Sequence[Span], *, fresh: bool) -> list[ChainHop]:
+        """Hops for the gaps; or, when only peers of the chain could fill them, a whole new chain."""
+        used = frozenset(hop.peer.peer_id for hop in self._chain.hops)
+        try:
+            return await self._fill(missing, used, fresh=fresh)
+        except NoRoute:
+            if not used:
+                raise
+        hops = await self._fill([Span(0, self._terms.num_blocks)], frozenset(), fresh=False)
+        for peer_id in used:
+            self._receive(HopLost(peer_id, "the session takes another route"))
+        return hops
+
+    async def _fill(
+        self, missing: Sequence[Span], used: frozenset[str], *, fresh: bool
+    ) -> list[ChainHop]:
+        hops: list[ChainHop] = []
+        kept = [hop for hop in self._chain.hops if hop.peer.peer_id in used]
+        for gap in missing:
+            route = await self._router.route(
+                gap,
+                cache_tokens=self._terms.batch * self._terms.max_tokens,
+                exclude=used | {hop.peer.peer_id for hop in hops},
+                source=next((h.peer.peer_id for h in kept if h.span.end == gap.start), None),
+                sink=next((h.peer.peer_id for h in kept if h.span.start == gap.end), None),
+                fresh=fresh,
+            )
+            hops += [ChainHop(Peer(hop.peer_id, hop.multiaddrs), hop.span) for hop in route]
+        return hops
+
+    async def watch_clock(self) -> None:
+        """Tell the chain when its deadline has passed; a task of the session."""
+        while True:
+            deadline = self._chain.next_deadline()
+            with trio.move_on_at(float("inf") if deadline is None else deadline) as waiting:
+                await self._changed.wait()
+            if waiting.cancelled_caught:
+                self._receive(Ticked())
+
+    async def close(self) -> None:
+        """Tell every hop that the session is over; bounded in time, also while being cancelled."""
+        self._receive(Closed("the session is over"))
+        with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
+            while self._conversing:
+                await self._changed.wait()
+
+
+@contextlib.asynccontextmanager
+async def open_ring(
+    terms: SessionTerms,
+    *,
+    network: Network,
+    router: Router,
+    swarm: Swarm,
+    hello: Hello,
+    embed: EmbedRows,
+    clock: Callable[[], float],
+    patience: float,
+) -> AsyncIterator[Ring]:
+    """Run a session: a context in which its tasks live. Leaving it closes the session everywhere.
+
+    Raises ConfigError when one row of the batch does not fit a frame.
+    """
+    if max_rows(terms.batch, terms.hidden_size, terms.wire_dtype) < 1:
+        raise ConfigError(
+            f"batch: {terms.batch} rows of {terms.hidden_size} {terms.wire_dtype} do not fit a "
+            "frame; use a smaller batch"
+        )
+    async with open_flat_nursery() as nursery:
+        ring = Ring(
+            terms,
+            network=network,
+            router=router,
+            swarm=swarm,
+            hello=hello,
+            embed=embed,
+            clock=clock,
+            patience=patience,
+            nursery=nursery,
+        )
+        nursery.start_soon(ring.plan_routes)
+        nursery.start_soon(ring.watch_clock)
+        try:
+            yield ring
+        finally:
+            await ring.close()
+            nursery.cancel_scope.cancel()
+
+
+def new_session_id() -> bytes:
+    """128 random bits: nobody can guess another's session."""
+    return secrets.token_bytes(SESSION_ID_BYTES)

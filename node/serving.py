@@ -1,0 +1,89 @@
+"""Become a server of blocks: open the checkpoint, choose a span, load it, measure it."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..inference.checkpoint import Checkpoint, open_checkpoint
+from ..inference.device import resolve_device, resolve_dtype
+from ..inference.engine import Engine
+from ..inference.memory import blocks_that_fit, default_cache_tokens
+from ..inference.throughput import Throughput, measure
+from ..protocol.announcement import as_model_name
+from ..protocol.errors import ConfigError, ModelError
+from ..protocol.span import Span
+from .config import NodeConfig
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What this node is to serve, as far as it can be said before looking at the swarm."""
+
+    span: Span | None
+    """The blocks that the user chose; None: ``num_blocks`` of them, the swarm decides which."""
+    num_blocks: int
+    dtype: str
+    """What it will compute in, by torch's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Blocks that are loaded and ready to run."""
+
+    engine: Engine
+    span: Span
+    throughput: Throughput
+
+
+def announced_name(checkpoint: Checkpoint) -> str:
+    """What others are told that the model is called: never a path of this machine."""
+    path = Path(checkpoint.name)
+    return as_model_name(path.name if path.is_dir() else checkpoint.name)
+
+
+def capacity(checkpoint: Checkpoint, config: NodeConfig) -> Capacity:
+    """What to serve of the checkpoint. Raises ModelError or ConfigError if that cannot be."""
+    total = checkpoint.num_blocks
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device, checkpoint.dtype)
+    name = str(dtype).removeprefix("torch.")
+    if config.blocks is not None:
+        if config.blocks.end > total:
+            raise ModelError(
+                f"blocks {config.blocks} were asked for, but {checkpoint.name} has {total} blocks: "
+                f"0:{total}"
+            )
+        return Capacity(config.blocks, len(config.blocks), name)
+    if config.num_blocks is not None:
+        return Capacity(None, min(config.num_blocks, total), name)
+    fitting = blocks_that_fit(checkpoint, dtype, device)
+    if fitting < 1:
+        raise ConfigError(
+            f"not even one block of {checkpoint.name} fits the free memory of {device}; free some, "
+            "use another device, or insist with num_blocks (--num-blocks 1)"
+        )
+    return Capacity(None, fitting, name)
+
+
+def load(
+    checkpoint: Checkpoint, span: Span, config: NodeConfig, progress: Progress | None = None
+) -> Served:
+    """Load and measure ``span``, and start its engine. Raises ModelError or ConfigError."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device, checkpoint.dtype)
+    cache_tokens = config.cache_tokens or default_cache_tokens(checkpoint, len(span), dtype, device)
+    blocks = checkpoint.load_blocks(span, dtype, device, progress)
+    throughput = measure(blocks)
+    engine = Engine(blocks, cache_tokens=cache_tokens)
+    return Served(engine, span, throughput)
+
+
+def open_model(config: NodeConfig) -> Checkpoint:
+    """Open the checkpoint that ``config`` names. Raises ModelError."""
+    assert config.model is not None
+    # The hub's own variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) are its settings.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return open_checkpoint(config.model)

@@ -1,0 +1,1 @@
+"""The rules of the swarm: pure and deterministic, no sockets, no clock, no torch."""

@@ -1,0 +1,404 @@
+"""The originating side of a session: the ring's hops, and what goes around it.
+
+Rules of this file:
+
+* The chain's hops are in the order of their spans. Blocks that no hop of the chain covers are
+  ``missing``; the shell plans a route for them and says ``Routed``. A session starts with all of
+  its blocks missing, and a lost hop makes its blocks missing again: opening, recovering and
+  migrating are one mechanism.
+* Every re-route raises the epoch. New hops are opened in it; of the old ones those whose neighbours
+  changed are relinked. Links then resume by position, so nothing is computed twice that a
+  surviving hop holds, and no hidden state passes through the originator.
+* The originator's own log is the tokens: ``length`` of them; the shell embeds what ``next_due``
+  says. Its link to the first hop is a link like any other.
+* ``expected`` is the next row that the originator wants back. Rows below it are duplicates, rows of
+  an older rewind are stale.
+
+``receive`` takes an event and the time and returns effects; nothing here waits or does I/O.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from .errors import LocalProtocolError, RemoteProtocolError
+from .frames import Open, Output, Peer, Relink, Resume, State
+from .link import Due, LinkSender
+from .log import RewindHistory
+from .span import Span, gaps
+from .tensor import DType, WireTensor
+
+STALL_TIMEOUT = 20.0
+"""Seconds without any progress after which all hops are asked whether they live."""
+PROBE_TIMEOUT = 5.0
+"""Seconds that a hop has to answer that."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTerms:
+    """What does not change over a session's life."""
+
+    session: bytes
+    model: str
+    num_blocks: int
+    hidden_size: int
+    batch: int
+    padding: tuple[int, ...]
+    max_tokens: int
+    wire_dtype: DType
+
+
+class ChainState(StrEnum):
+    """Where a session is, as far as its route goes."""
+
+    ROUTING = "routing"
+    """Some blocks have no hop."""
+    OPENING = "opening"
+    """Hops have been asked and not all have said ready."""
+    RUNNING = "running"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class ChainHop:
+    """A hop of the chain."""
+
+    peer: Peer
+    span: Span
+    ready: bool = False
+
+
+# --- events ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The shell has planned hops for all of ``chain.missing``."""
+
+    hops: Sequence[ChainHop]
+
+
+@dataclass(frozen=True, slots=True)
+class HopReady:
+    """A hop has answered ``ready``."""
+
+    peer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class HopLost:
+    """A hop has refused, failed, or cannot be reached any more."""
+
+    peer_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HopState:
+    """A hop has answered a probe."""
+
+    peer_id: str
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """Rows have come back."""
+
+    peer_id: str
+    output: Output
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """``next_deadline`` has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The session is over."""
+
+    reason: str
+
+
+Event = Routed | HopReady | HopLost | HopState | Returned | Resume | Ticked | Closed
+
+
+# --- effects --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenHop:
+    """Open a stream to the peer and send the frame."""
+
+    peer: Peer
+    frame: Open
+
+
+@dataclass(frozen=True, slots=True)
+class RelinkHop:
+    """Send the frame on the stream to the hop."""
+
+    peer_id: str
+    frame: Relink
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeHop:
+    """Ask the hop whether it lives."""
+
+    peer_id: str
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropHop:
+    """Close the stream to the hop; it is not part of the chain any more."""
+
+    peer_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFirst:
+    """Drop the link to the old first hop, if any, and open one to this peer."""
+
+    peer: Peer
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Rows that the originator wants, in order: [batch, rows, hidden_size]."""
+
+    hidden: WireTensor
+
+
+Effect = OpenHop | RelinkHop | ProbeHop | DropHop | LinkFirst | Deliver
+
+
+class Chain:
+    """One session at its originator."""
+
+    def __init__(self, terms: SessionTerms, *, own_peer_id: str, now: float) -> None:
+        self.terms = terms
+        self.epoch = 0
+        self.hops: tuple[ChainHop, ...] = ()
+        self.length = 0
+        self.expected = 0
+        self.recoveries = 0
+        self._own_peer_id = own_peer_id
+        self._closed = False
+        self._history = RewindHistory()
+        self._sender = LinkSender(self._history)
+        self._first: str | None = None
+        self._progress = now
+        self._probe_nonce = 0
+        self._probed_at: float | None = None
+        self._unanswered: set[str] = set()
+
+    def __repr__(self) -> str:
+        hops = ", ".join(f"{hop.peer.peer_id}[{hop.span}]" for hop in self.hops)
+        return (
+            f"Chain({self.state}, epoch={self.epoch}, hops=[{hops}], length={self.length}, "
+            f"expected={self.expected}, {self._sender})"
+        )
+
+    @property
+    def state(self) -> ChainState:
+        """Where the session is."""
+        if self._closed:
+            return ChainState.CLOSED
+        if self.missing:
+            return ChainState.ROUTING
+        ready = all(hop.ready for hop in self.hops)
+        return ChainState.RUNNING if ready else ChainState.OPENING
+
+    @property
+    def missing(self) -> list[Span]:
+        """The blocks without a hop, as maximal runs."""
+        return gaps((hop.span for hop in self.hops), self.terms.num_blocks)
+
+    def append(self, tokens: int, *, want_from: int, now: float) -> None:
+        """The log has ``tokens`` more positions; rows from ``want_from`` on are to come back."""
+        if self.length + tokens > self.terms.max_tokens:
+            raise LocalProtocolError(
+                f"{self.length + tokens} tokens in a session of {self.terms.max_tokens}"
+            )
+        if not self.expected <= want_from < self.length + tokens:
+            raise LocalProtocolError(
+                f"rows from {want_from} are not among {self.expected}..{self.length + tokens}"
+            )
+        self.length += tokens
+        self.expected = want_from
+        self._progress = now
+
+    def rewind(self, position: int) -> None:
+        """Go back: the log ends at ``position`` from now on."""
+        if not 0 <= position < self.length:
+            raise LocalProtocolError(f"cannot go back to {position} in 0..{self.length}")
+        self._history.record(self._history.current + 1, position)
+        self._sender.rewound(position)
+        self.length = position
+        self.expected = min(self.expected, position)
+
+    def next_due(self, max_rows: int) -> Due | None:
+        """Which tokens to embed and send to the first hop now, as one step."""
+        return self._sender.next(self.length, max_rows)
+
+    def receive(self, event: Event, now: float) -> list[Effect]:
+        """Take an event at ``now`` (seconds). Raises RemoteProtocolError for a peer's fault."""
+        if self._closed:
+            return []
+        return self._ON[type(event)](self, event, now)
+
+    def next_deadline(self) -> float | None:
+        """When to say ``Ticked``; None while nothing is awaited from a whole ring."""
+        if self.expected >= self.length or self.state is not ChainState.RUNNING:
+            return None
+        if self._probed_at is not None:
+            return self._probed_at + PROBE_TIMEOUT
+        return self._progress + STALL_TIMEOUT
+
+    # --- the route --------------------------------------------------------------------------------
+
+    def _routed(self, event: Routed, now: float) -> list[Effect]:
+        new = {hop.peer.peer_id: hop for hop in event.hops}
+        hops = sorted([*self.hops, *event.hops], key=lambda hop: hop.span)
+        ends = [0, *(hop.span.end for hop in hops)]
+        starts = [*(hop.span.start for hop in hops), self.terms.num_blocks]
+        peers = {hop.peer.peer_id for hop in hops}
+        if ends != starts or len(peers) != len(hops):
+            raise LocalProtocolError(
+                f"hops {[str(hop.span) for hop in hops]} do not form a chain of "
+                f"{self.terms.num_blocks} blocks over different peers"
+            )
+        before = self._neighbours()
+        self.recoveries += 1 if self.epoch else 0
+        self.epoch += 1
+        self.hops = tuple(hops)
+        self._progress, self._probed_at = now, None
+        effects: list[Effect] = []
+        for hop, (predecessor, successor) in zip(hops, self._neighbours().values(), strict=True):
+            peer_id = hop.peer.peer_id
+            if peer_id in new:
+                effects.append(OpenHop(hop.peer, self._open(hop.span, predecessor, successor)))
+            elif before[peer_id] != (predecessor, successor):
+                effects.append(RelinkHop(peer_id, Relink(self.epoch, predecessor, successor)))
+        first = hops[0].peer
+        if first.peer_id in new:
+            self._sender.lost()
+            self._sender.assume_fresh()
+            effects.append(LinkFirst(first, self.epoch))
+        return effects
+
+    def _neighbours(self) -> dict[str, tuple[str, Peer | None]]:
+        """Peer id of each hop -> who links to it and whom it links to, gaps overlooked."""
+        ids = [hop.peer.peer_id for hop in self.hops]
+        predecessors = [self._own_peer_id, *ids]
+        successors: list[Peer | None] = [*(hop.peer for hop in self.hops[1:]), None]
+        return dict(zip(ids, zip(predecessors, successors, strict=False), strict=False))
+
+    def _open(self, span: Span, predecessor: str, successor: Peer | None) -> Open:
+        terms = self.terms
+        return Open(
+            session=terms.session,
+            epoch=self.epoch,
+            model=terms.model,
+            span=span,
+            predecessor=predecessor,
+            successor=successor,
+            batch=terms.batch,
+            padding=terms.padding,
+            max_tokens=terms.max_tokens,
+            wire_dtype=terms.wire_dtype,
+        )
+
+    def _ready(self, event: HopReady, now: float) -> list[Effect]:
+        self.hops = tuple(
+            ChainHop(hop.peer, hop.span, hop.ready or hop.peer.peer_id == event.peer_id)
+            for hop in self.hops
+        )
+        self._progress = now
+        return []
+
+    def _lost(self, event: HopLost, _now: float) -> list[Effect]:
+        kept = tuple(hop for hop in self.hops if hop.peer.peer_id != event.peer_id)
+        if len(kept) == len(self.hops):
+            return []
+        self.hops = kept
+        return [DropHop(event.peer_id, event.reason)]
+
+    # --- the rows ---------------------------------------------------------------------------------
+
+    def _resumed(self, grant: Resume, _now: float) -> list[Effect]:
+        self._sender.resumed(grant)
+        return []
+
+    def _returned(self, event: Returned, now: float) -> list[Effect]:
+        output, terms = event.output, self.terms
+        if not self.hops or event.peer_id != self.hops[-1].peer.peer_id:
+            return []  # of a hop that was the last one in an older epoch
+        if output.rewind < self._history.current:
+            return []
+        shape, dtype = output.hidden.shape, output.hidden.dtype
+        if len(shape) != 3 or (shape[0], shape[2], dtype) != (
+            terms.batch,
+            terms.hidden_size,
+            terms.wire_dtype,
+        ):
+            raise RemoteProtocolError(
+                f"outputs must be {terms.wire_dtype} [{terms.batch}, rows, {terms.hidden_size}], "
+                f"got {dtype} {list(shape)}"
+            )
+        end = output.position + shape[1]
+        if output.rewind > self._history.current or end > self.length:
+            raise RemoteProtocolError(f"outputs up to {end} of {self.length} tokens sent")
+        if output.position < self.expected:
+            return []
+        if output.position > self.expected:
+            raise RemoteProtocolError(
+                f"outputs at {output.position} where {self.expected} comes next"
+            )
+        self.expected = end
+        self._progress, self._probed_at = now, None
+        return [Deliver(output.hidden)]
+
+    # --- who lives --------------------------------------------------------------------------------
+
+    def _ticked(self, _event: Ticked, now: float) -> list[Effect]:
+        deadline = self.next_deadline()
+        if deadline is None or now < deadline:
+            return []
+        if self._probed_at is None:
+            self._probe_nonce += 1
+            self._probed_at = now
+            self._unanswered = {hop.peer.peer_id for hop in self.hops}
+            return [ProbeHop(hop.peer.peer_id, self._probe_nonce) for hop in self.hops]
+        self._progress, self._probed_at = now, None
+        effects: list[Effect] = []
+        for peer_id in sorted(self._unanswered):
+            effects += self._lost(HopLost(peer_id, "did not answer a probe"), now)
+        return effects
+
+    def _answered(self, event: HopState, _now: float) -> list[Effect]:
+        if event.state.nonce == self._probe_nonce:
+            self._unanswered.discard(event.peer_id)
+        return []
+
+    def _close(self, event: Closed, _now: float) -> list[Effect]:
+        effects: list[Effect] = [DropHop(hop.peer.peer_id, event.reason) for hop in self.hops]
+        self._closed, self.hops = True, ()
+        return effects
+
+    _ON: ClassVar[Mapping[type, Callable[["Chain", Any, float], list[Effect]]]] = {
+        Routed: _routed,
+        HopReady: _ready,
+        HopLost: _lost,
+        HopState: _answered,
+        Returned: _returned,
+        Resume: _resumed,
+        Ticked: _ticked,
+        Closed: _close,
+    }

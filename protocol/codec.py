@@ -1,0 +1,205 @@
+"""Frames as bytes, and back.
+
+A frame is a 4-byte big-endian length and one msgpack array ``[header map, bin, bin, …]``. The
+header names the frame's ``kind``, its fields, and under ``tensors`` the ``[dtype, shape,
+compression]`` of each bin, whose bytes are little-endian and row-major. Any msgpack reader can
+read a frame; ours copies no tensor: ``encode`` returns the tensor's own memory among its buffers,
+and a decoded tensor is a view into the received bytes.
+
+Rules of this file:
+
+* Every limit is checked before memory is taken, and before anything is built from the bytes.
+* Whatever the peer sends, the only exception that leaves here is ``RemoteProtocolError``.
+* Unknown header fields are ignored: a newer peer may send more than we know.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import msgpack
+
+from .checks import (
+    LENGTH_BYTES,
+    MAX_FRAME,
+    MAX_HEADER,
+    BadValueError,
+    Peer,
+    dtype,
+    integer,
+    tuple_of,
+)
+from .errors import LocalProtocolError, RemoteProtocolError
+from .frames import FRAMES, Frame
+from .span import Span
+from .tensor import MAX_DIMENSIONS, DType, WireTensor
+
+_BIN_PREFIX = 5
+_TENSOR_FIELDS = {
+    kind: tuple(field.name for field in fields(frame) if field.name not in frame.CHECKS)
+    for kind, frame in FRAMES.items()
+}
+
+
+def _plain(value: Any) -> Any:
+    """A field's value in msgpack's own types."""
+    if isinstance(value, Span):
+        return [value.start, value.end]
+    if isinstance(value, Peer):
+        return [value.peer_id, list(value.multiaddrs)]
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+def encode(frame: Frame) -> list[bytes | memoryview]:
+    """The buffers of a frame, to be sent in order. Tensors are not copied.
+
+    Raises LocalProtocolError when the frame breaks a limit that the peer would refuse it for.
+    """
+    kind = frame.KIND
+    header: dict[str, Any] = {"kind": kind}
+    for name, check in frame.CHECKS.items():
+        header[name] = _plain(getattr(frame, name))
+        try:
+            check(header[name])
+        except BadValueError as bad:
+            raise LocalProtocolError(f"{kind}.{name} must be {bad}") from None
+    tensors: list[WireTensor] = [getattr(frame, name) for name in _TENSOR_FIELDS[kind]]
+    header["tensors"] = [[tensor.dtype, list(tensor.shape), "none"] for tensor in tensors]
+    packed: bytes = msgpack.packb(header)
+    if len(packed) > MAX_HEADER:
+        raise LocalProtocolError(f"the header of {kind} has {len(packed)} bytes, over {MAX_HEADER}")
+    length = 1 + len(packed) + sum(_BIN_PREFIX + len(tensor.data) for tensor in tensors)
+    if length > MAX_FRAME:
+        raise LocalProtocolError(f"a {kind} frame of {length} bytes is over {MAX_FRAME}")
+    prefix = length.to_bytes(LENGTH_BYTES, "big") + bytes([0x90 | (1 + len(tensors))])
+    buffers: list[bytes | memoryview] = [prefix + packed]
+    for tensor in tensors:
+        buffers += [b"\xc6" + len(tensor.data).to_bytes(4, "big"), tensor.data]
+    return buffers
+
+
+def max_rows(batch: int, hidden_size: int, dtype: DType) -> int:
+    """How many rows of a session's hidden states fit one frame; 0 if not even one does."""
+    return (MAX_FRAME - MAX_HEADER) // (batch * hidden_size * dtype.size)
+
+
+def _take_bin(body: memoryview, offset: int) -> tuple[memoryview, int]:
+    """The msgpack bin at ``offset`` as a view, and where it ends."""
+    width = {0xC4: 1, 0xC5: 2, 0xC6: 4}.get(body[offset]) if offset < len(body) else None
+    if width is None:
+        raise RemoteProtocolError(
+            "a frame's header must be followed by its tensors as msgpack bins"
+        )
+    start = offset + 1 + width
+    end = start + int.from_bytes(body[offset + 1 : start], "big")
+    if end > len(body):
+        raise RemoteProtocolError("a tensor is longer than its frame")
+    return body[start:end], end
+
+
+def _wire_tensor(described: Any, data: memoryview) -> WireTensor:
+    try:
+        dtype_name, shape, compression = tuple_of(lambda item: item, 3)(described)
+        size = integer(1, MAX_FRAME)
+        if compression != "none":
+            raise RemoteProtocolError(f"unknown tensor compression {compression!r:.40}")
+        return WireTensor(dtype(dtype_name), tuple_of(size, MAX_DIMENSIONS)(shape), data)
+    except ValueError:
+        raise RemoteProtocolError("a tensor is described by [dtype, shape, compression]") from None
+    except BadValueError as bad:
+        raise RemoteProtocolError(f"a tensor's dtype or shape is not {bad}") from None
+
+
+def _unpack_header(body: memoryview) -> tuple[int, Any, int]:
+    """How many items follow the header, the header, and where it ends."""
+    unpacker = msgpack.Unpacker(
+        max_buffer_size=MAX_HEADER + 8,
+        max_str_len=MAX_HEADER,
+        max_bin_len=MAX_HEADER,
+        max_array_len=1024,
+        max_map_len=256,
+        max_ext_len=0,
+        strict_map_key=True,
+    )
+    unpacker.feed(body[: MAX_HEADER + 8])
+    try:
+        items = unpacker.read_array_header()
+        return items - 1, unpacker.unpack(), unpacker.tell()
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise RemoteProtocolError(
+            f"a frame is not a msgpack array with a header of at most {MAX_HEADER} bytes"
+        ) from error
+
+
+def _decode(body: memoryview) -> Frame:
+    count, header, offset = _unpack_header(body)
+    if not isinstance(header, dict):
+        raise RemoteProtocolError("a frame's header must be a map")
+    kind = header.get("kind")
+    frame = FRAMES.get(kind) if isinstance(kind, str) else None
+    if frame is None or not isinstance(kind, str):
+        raise RemoteProtocolError(f"unknown kind of frame {kind!r:.40}")
+    described = header.get("tensors", [])
+    names = _TENSOR_FIELDS[kind]
+    if not isinstance(described, list) or not len(described) == count == len(names):
+        raise RemoteProtocolError(f"a {kind} frame carries {len(names)} tensors")
+    values: dict[str, Any] = {}
+    for name, check in frame.CHECKS.items():
+        try:
+            values[name] = check(header.get(name))
+        except BadValueError as bad:
+            raise RemoteProtocolError(f"{kind}.{name} must be {bad}") from None
+    for name, description in zip(names, described, strict=True):
+        data, offset = _take_bin(body, offset)
+        values[name] = _wire_tensor(description, data)
+    if offset != len(body):
+        raise RemoteProtocolError(f"{len(body) - offset} stray bytes behind a {kind} frame")
+    return frame(**values)
+
+
+class FrameDecoder:
+    """Bytes in, frames out, however the bytes were cut.
+
+    After a ``RemoteProtocolError`` the stream has lost its meaning: close it.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._buffered = 0
+
+    @property
+    def mid_frame(self) -> bool:
+        """Whether the stream would end in the middle of a frame if it ended here."""
+        return self._buffered > 0
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Take in ``data`` and return the frames that it completes.
+
+        Holds at most one frame's bytes beside ``data``. Raises RemoteProtocolError.
+        """
+        if data:
+            self._chunks.append(data)
+            self._buffered += len(data)
+        complete: list[Frame] = []
+        while (length := self._length()) is not None:
+            if length > MAX_FRAME:
+                raise RemoteProtocolError(f"a frame of {length} bytes is over {MAX_FRAME}")
+            end = LENGTH_BYTES + length
+            if self._buffered < end:
+                break
+            whole = self._join()
+            self._chunks = [whole[end:]] if len(whole) > end else []
+            self._buffered = len(whole) - end
+            complete.append(_decode(memoryview(whole)[LENGTH_BYTES:end]))
+        return complete
+
+    def _length(self) -> int | None:
+        if self._buffered < LENGTH_BYTES:
+            return None
+        if len(self._chunks[0]) < LENGTH_BYTES:
+            self._chunks = [self._join()]
+        return int.from_bytes(self._chunks[0][:LENGTH_BYTES], "big")
+
+    def _join(self) -> bytes:
+        return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)

@@ -1,0 +1,292 @@
+"""The frames of the wire: what each carries, and what its fields may be.
+
+Rules of this file: a frame is a frozen value; ``CHECKS`` has one entry for every field that travels
+in the header, and the fields without one are the frame's tensors. ``codec.py`` turns frames into
+bytes and back. A stream carries one session, which its first frame (``Open`` or ``Link``) names;
+the frames behind it need not repeat it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from . import checks
+from .checks import MAX_BATCH, MAX_REASON, MAX_TOKENS, SESSION_ID_BYTES, Check, Peer
+from .errors import ErrorCode
+from .span import Span
+from .tensor import DType, WireTensor
+
+PROTOCOL_VERSION = 1
+SESSION_PROTOCOL = "/petals/session/1"
+DESCRIBE_PROTOCOL = "/petals/describe/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Base of all frames. ``KIND`` is the name on the wire, ``CHECKS`` has one entry a field."""
+
+    KIND: ClassVar[str]
+    CHECKS: ClassVar[Mapping[str, Check]]
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Frame):
+    """First on every stream, in both directions."""
+
+    version: int
+    node_version: str
+    features: tuple[str, ...] = ()
+
+    KIND: ClassVar[str] = "hello"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "version": checks.integer(1, 1 << 16),
+        "node_version": checks.text(64),
+        "features": checks.tuple_of(checks.text(32), 32),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Open(Frame):
+    """Originator to hop: take part in a session."""
+
+    session: bytes
+    epoch: int
+    model: str
+    """The model's fingerprint, hexadecimal."""
+    span: Span
+    """The blocks to run."""
+    predecessor: str
+    """Peer id of who will link to this hop: the hop before it, or the originator."""
+    successor: Peer | None
+    """The hop after it; None: outputs go back to the originator on this stream."""
+    batch: int
+    padding: tuple[int, ...]
+    """Per sequence, how many of its first positions are left padding, never computed."""
+    max_tokens: int
+    """Positions that the session may grow to; its KV cache is reserved now."""
+    wire_dtype: DType
+    """What hidden states travel in, to and from this hop."""
+
+    KIND: ClassVar[str] = "open"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "session": checks.binary(SESSION_ID_BYTES, SESSION_ID_BYTES),
+        "epoch": checks.counter,
+        "model": checks.text(128),
+        "span": checks.span,
+        "predecessor": checks.peer_id,
+        "successor": checks.optional(checks.peer),
+        "batch": checks.integer(1, MAX_BATCH),
+        "padding": checks.tuple_of(checks.position, MAX_BATCH),
+        "max_tokens": checks.integer(1, MAX_TOKENS),
+        "wire_dtype": checks.dtype,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Frame):
+    """Hop to originator: the session's cache is reserved."""
+
+    epoch: int
+    cache_tokens_left: int
+
+    KIND: ClassVar[str] = "ready"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "epoch": checks.counter,
+        "cache_tokens_left": checks.counter,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Frame):
+    """The answer to an ``open`` or a ``link`` that will not be served."""
+
+    code: ErrorCode
+    reason: str
+    retry_after: float | None = None
+    """Seconds; None: asking again makes no sense."""
+
+    KIND: ClassVar[str] = "refused"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "code": checks.error_code,
+        "reason": checks.text(MAX_REASON),
+        "retry_after": checks.optional(checks.number(0, 86_400)),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Link(Frame):
+    """Sender to receiver: join my output log to you."""
+
+    session: bytes
+    epoch: int
+
+    KIND: ClassVar[str] = "link"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "session": checks.binary(SESSION_ID_BYTES, SESSION_ID_BYTES),
+        "epoch": checks.counter,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Resume(Frame):
+    """Receiver to sender: I hold this much; send from there under this link number."""
+
+    link: int
+    """Steps of an older link number are stale and ignored."""
+    position: int
+    rewind: int
+    """The rewind that ``position`` belongs to: of what I hold, only what no later rewind has cut
+    off is still true."""
+
+    KIND: ClassVar[str] = "resume"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "link": checks.counter,
+        "position": checks.position,
+        "rewind": checks.counter,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Frame):
+    """Sender to receiver: rows of hidden states, or of the embeddings in front of block 0."""
+
+    link: int
+    sequence: int
+    """0, 1, 2, … within one link number."""
+    rewind: int
+    """How often the originator has gone back in this session. The first step of a new rewind cuts
+    what the receiver holds to ``position``."""
+    position: int
+    """Of the first row."""
+    want_from: int
+    """The last hop returns the rows at this position and behind it to the originator."""
+    hidden: WireTensor
+    """[batch, rows, hidden_size] in the session's wire dtype."""
+
+    KIND: ClassVar[str] = "step"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "link": checks.counter,
+        "sequence": checks.counter,
+        "rewind": checks.counter,
+        "position": checks.position,
+        "want_from": checks.position,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Output(Frame):
+    """Last hop to originator: rows that it wanted."""
+
+    rewind: int
+    position: int
+    hidden: WireTensor
+    """[batch, rows, hidden_size] in the session's wire dtype."""
+
+    KIND: ClassVar[str] = "output"
+    CHECKS: ClassVar[Mapping[str, Check]] = {"rewind": checks.counter, "position": checks.position}
+
+
+@dataclass(frozen=True, slots=True)
+class Relink(Frame):
+    """Originator to hop: from this epoch on, these are your neighbours."""
+
+    epoch: int
+    predecessor: str
+    successor: Peer | None
+
+    KIND: ClassVar[str] = "relink"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "epoch": checks.counter,
+        "predecessor": checks.peer_id,
+        "successor": checks.optional(checks.peer),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Probe(Frame):
+    """Originator to hop: say that you are alive, and where you are."""
+
+    nonce: int
+
+    KIND: ClassVar[str] = "probe"
+    CHECKS: ClassVar[Mapping[str, Check]] = {"nonce": checks.counter}
+
+
+@dataclass(frozen=True, slots=True)
+class State(Frame):
+    """Hop to originator: the answer to a probe."""
+
+    nonce: int
+    position: int
+    """Rows taken in."""
+    produced: int
+    """Rows computed."""
+    successor_linked: bool
+
+    KIND: ClassVar[str] = "state"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "nonce": checks.counter,
+        "position": checks.position,
+        "produced": checks.position,
+        "successor_linked": bool,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Frame):
+    """Any to originator, or receiver to sender: this session cannot go on here."""
+
+    code: ErrorCode
+    reason: str
+    peer_id: str | None = None
+    """Whose fault it is, when not the sender's of this frame (a successor not reached)."""
+
+    KIND: ClassVar[str] = "failed"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "code": checks.error_code,
+        "reason": checks.text(MAX_REASON),
+        "peer_id": checks.optional(checks.peer_id),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Close(Frame):
+    """Originator to hop: the session is over, free its cache."""
+
+    reason: str
+
+    KIND: ClassVar[str] = "close"
+    CHECKS: ClassVar[Mapping[str, Check]] = {"reason": checks.text(MAX_REASON)}
+
+
+@dataclass(frozen=True, slots=True)
+class Describe(Frame):
+    """On the describe protocol: tell me about yourself."""
+
+    KIND: ClassVar[str] = "describe"
+    CHECKS: ClassVar[Mapping[str, Check]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Description(Frame):
+    """On the describe protocol: the node's fresh announcement and its load."""
+
+    announcement: bytes
+    """As in the DHT, signed; empty for a node that serves nothing."""
+    figures: Mapping[str, float]
+    """The node's statistics by name."""
+
+    KIND: ClassVar[str] = "description"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "announcement": checks.binary(0, 8192),
+        "figures": checks.figures,
+    }
+
+
+FRAMES: dict[str, type[Frame]] = {
+    frame.KIND: frame
+    for frame in (
+        Hello, Open, Ready, Refused, Link, Resume, Step, Output, Relink, Probe, State, Failed,
+        Close, Describe, Description,
+    )
+}  # fmt: skip

@@ -1,0 +1,279 @@
+"""The relaying side of a session: what one hop does with links, steps and its own outputs.
+
+Rules of this file:
+
+* Rows go in through one link (``LinkReceiver``), are computed in the order in which they were
+  taken, and land in the output log; from there they go to the successor through the next link
+  (``LinkSender``) or, at the last hop, to the originator as far as it wants them.
+* The shell pulls: ``next_outgoing`` says what to send when the stream can take it, so a slow
+  successor backs up into the log, which ``max_tokens`` bounds, and not into a queue.
+* Rewinds take effect when their first step has been computed, in order with everything else.
+* Only the predecessor that the originator named may link, and only from the epoch on in which it
+  was named.
+
+``receive`` takes an event and the time and returns effects; nothing here waits or does I/O.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, ClassVar
+
+from .errors import ErrorCode, RemoteProtocolError
+from .frames import Open, Output, Peer, Probe, Relink, Resume, State, Step
+from .link import LinkReceiver, LinkSender, Verdict
+from .log import OutputLog, RewindHistory
+from .tensor import WireTensor
+
+IDLE_TIMEOUT = 600.0
+"""Seconds after which a session that nobody has used is dropped: long enough for a person who
+thinks between two turns of a chat, and its originator can replay it from tokens later."""
+
+
+# --- events ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """The predecessor's link was let in (see ``link_welcome``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """The rows of a ``Compute`` effect are done."""
+
+    step: Step
+    hidden: WireTensor
+
+
+@dataclass(frozen=True, slots=True)
+class SuccessorLost:
+    """The link to the successor broke; it may be linked again."""
+
+
+Event = Linked | Step | Computed | Resume | SuccessorLost | Relink | Probe
+
+
+# --- effects --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Send the frame back on the stream that the event came from."""
+
+    frame: Resume | State
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run the span over the step's rows at its position, then say ``Computed``.
+
+    Cached rows at the step's position and behind it are void.
+    """
+
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class DialSuccessor:
+    """The successor is somebody else now: drop the old link and open one to ``hop.successor``."""
+
+
+Effect = Reply | Compute | DialSuccessor
+
+
+class Welcome(Enum):
+    """What to do with a peer that wants to link."""
+
+    ACCEPT = auto()
+    WAIT = auto()
+    """It knows a newer epoch than we do; the originator's relink is on its way."""
+    REFUSE = auto()
+
+
+class Hop:
+    """One session at one hop."""
+
+    def __init__(self, opened: Open, *, hidden_size: int, now: float) -> None:
+        self.opened = opened
+        self.epoch = opened.epoch
+        self.predecessor = opened.predecessor
+        self.successor: Peer | None = opened.successor
+        self._predecessor_since = opened.epoch
+        self._hidden_size = hidden_size
+        self._history = RewindHistory()
+        self._receiver = LinkReceiver()
+        self._sender = LinkSender(self._history)
+        self._log = OutputLog(opened.batch, hidden_size, opened.wire_dtype)
+        self._want_from = 0
+        self._returned = 0
+        self._last_heard = now
+
+    def __repr__(self) -> str:
+        return (
+            f"Hop(epoch={self.epoch}, predecessor={self.predecessor!r}, "
+            f"successor={self.successor}, {self._receiver}, {self._log}, {self._sender})"
+        )
+
+    @property
+    def position(self) -> int:
+        """Rows taken in."""
+        return self._receiver.position
+
+    @property
+    def produced(self) -> int:
+        """Rows computed."""
+        return self._log.end
+
+    @property
+    def successor_linked(self) -> bool:
+        """Whether the successor has said where to start."""
+        return self._sender.linked
+
+    def link_welcome(self, peer_id: str, epoch: int) -> Welcome:
+        """Whether ``peer_id``, who speaks of ``epoch``, may link to us."""
+        if peer_id == self.predecessor and epoch >= self._predecessor_since:
+            return Welcome.ACCEPT
+        return Welcome.WAIT if epoch > self.epoch else Welcome.REFUSE
+
+    def receive(self, event: Event, now: float) -> list[Effect]:
+        """Take an event at ``now`` (seconds). Raises RemoteProtocolError for a peer's fault."""
+        self._last_heard = now
+        return self._ON[type(event)](self, event)
+
+    def next_deadline(self) -> float:
+        """When the session is to be dropped if nothing is heard before."""
+        return self._last_heard + IDLE_TIMEOUT
+
+    def next_outgoing(self, max_rows: int) -> Step | Output | None:
+        """What to send now, to the successor or, when there is none, to the originator."""
+        if self.successor is None:
+            return self._next_output(max_rows)
+        due = self._sender.next(self._log.end, max_rows)
+        if due is None:
+            return None
+        return Step(
+            link=due.link,
+            sequence=due.sequence,
+            rewind=due.rewind,
+            position=due.start,
+            want_from=self._want_from,
+            hidden=self._log.read(due.start, due.stop),
+        )
+
+    def _next_output(self, max_rows: int) -> Output | None:
+        start = max(self._returned, self._want_from)
+        stop = min(self._log.end, start + max_rows)
+        if start >= stop:
+            return None
+        self._returned = stop
+        return Output(self._history.current, start, self._log.read(start, stop))
+
+    def _linked(self, _event: Linked) -> list[Effect]:
+        return [Reply(self._receiver.linked())]
+
+    def _step(self, step: Step) -> list[Effect]:
+        opened = self.opened
+        batch, rows, hidden_size = (*step.hidden.shape, 0, 0)[:3]
+        expected = (opened.batch, self._hidden_size, opened.wire_dtype)
+        if len(step.hidden.shape) != 3 or (batch, hidden_size, step.hidden.dtype) != expected:
+            raise RemoteProtocolError(
+                f"hidden states must be {opened.wire_dtype} "
+                f"[{opened.batch}, rows, {self._hidden_size}], "
+                f"got {step.hidden.dtype} {list(step.hidden.shape)}"
+            )
+        if step.position + rows > opened.max_tokens:
+            raise RemoteProtocolError(
+                f"rows up to position {step.position + rows} in a session of "
+                f"{opened.max_tokens} tokens"
+            )
+        verdict = self._receiver.take(step)
+        if verdict is Verdict.ACCEPT:
+            return [Compute(step)]
+        return [Reply(self._receiver.grant())] if verdict is Verdict.GAP else []
+
+    def _computed(self, event: Computed) -> list[Effect]:
+        step = event.step
+        if step.rewind > self._history.current:
+            self._history.record(step.rewind, step.position)
+            self._log.truncate(step.position)
+            self._sender.rewound(step.position)
+            self._returned = min(self._returned, step.position)
+        self._log.append(event.hidden)
+        self._want_from = step.want_from
+        return []
+
+    def _resumed(self, grant: Resume) -> list[Effect]:
+        self._sender.resumed(grant)
+        return []
+
+    def _successor_lost(self, _event: SuccessorLost) -> list[Effect]:
+        self._sender.lost()
+        return []
+
+    def _relinked(self, relink: Relink) -> list[Effect]:
+        if relink.epoch <= self.epoch:
+            return []
+        self.epoch = relink.epoch
+        if relink.predecessor != self.predecessor:
+            self.predecessor = relink.predecessor
+            self._predecessor_since = relink.epoch
+            self._receiver.grant()  # whatever the old predecessor has under way is stale
+        if relink.successor == self.successor:
+            return []
+        self.successor = relink.successor
+        self._sender.lost()
+        self._returned = 0
+        return [DialSuccessor()]
+
+    def _probed(self, probe: Probe) -> list[Effect]:
+        return [
+            Reply(
+                State(
+                    nonce=probe.nonce,
+                    position=self.position,
+                    produced=self.produced,
+                    successor_linked=self.successor_linked,
+                )
+            )
+        ]
+
+    _ON: ClassVar[Mapping[type, Callable[["Hop", Any], list[Effect]]]] = {
+        Linked: _linked,
+        Step: _step,
+        Computed: _computed,
+        Resume: _resumed,
+        SuccessorLost: _successor_lost,
+        Relink: _relinked,
+        Probe: _probed,
+    }
+
+
+def check_open(opened: Open, *, model: str, span_served: Any, max_rows: int) -> None:
+    """Raise ``Refusal`` if a hop that serves ``span_served`` of ``model`` cannot take part."""
+    if opened.model != model:
+        raise Refusal(
+            ErrorCode.WRONG_MODEL,
+            f"this node serves model {model[:12]}…, not {opened.model[:12]}…",
+        )
+    if not span_served.covers(opened.span):
+        raise Refusal(
+            ErrorCode.WRONG_SPAN, f"this node serves blocks {span_served}, not {opened.span}"
+        )
+    if len(opened.padding) != opened.batch or max(opened.padding) >= opened.max_tokens:
+        raise Refusal(
+            ErrorCode.BAD_REQUEST,
+            f"a batch of {opened.batch} needs as many paddings, each below max_tokens",
+        )
+    if max_rows < 1:
+        raise Refusal(
+            ErrorCode.BAD_REQUEST, f"one row of a batch of {opened.batch} does not fit a frame"
+        )
+
+
+class Refusal(RemoteProtocolError):
+    """An ``open`` or ``link`` that will not be served, with the code that says so."""
+
+    def __init__(self, code: ErrorCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code

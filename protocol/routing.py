@@ -1,0 +1,223 @@
+"""The best ring of peers through a run of blocks.
+
+A route is a shortest path. Its cost adds up, hop by hop, the latency from the hop before it and
+the time that its peer takes for the blocks used, more if the peer is loaded; and at the end the
+latency to where the last hop sends its output.
+
+Rules of this file:
+
+* A hop may use any part of a peer's span. A peer is on a route at most once.
+* Whether a candidate fits (model, dtype, state, cache) is for ``Swarm.candidates`` to say.
+* At most ``MAX_CANDIDATES`` peers are considered for each block, so that planning costs the same
+  in a swarm of a hundred nodes and of ten thousand.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import chain, groupby
+
+from .announcement import Announcement
+from .dice import Dice
+from .errors import NoRoute
+from .shortest_path import Costs, shortest_path
+from .span import Span, gaps
+
+MAX_CANDIDATES = 32
+DEFAULT_LATENCY = 0.05
+"""Seconds one way between two peers of whom nothing is known: the middle of the Internet's."""
+NOMINAL_SPEED = 100.0
+"""Tokens per second through one block, of a peer that has not measured its own: a slow one."""
+LOAD_PER_SESSION = 0.25
+"""How much longer a step takes for each session open at the peer. Sessions share each read of the
+weights, and most of them wait for somebody most of the time, so it is well below 1."""
+THROUGHPUT_LATENCY = 0.05
+"""The weight of latency when throughput is wanted: many rows are under way at once, so it is paid
+once for many, and still decides between peers of equal speed."""
+
+Latency = Callable[[str | None, str | None], float]
+"""Estimated seconds one way from one peer to another; None is the originator."""
+
+
+class Objective(StrEnum):
+    """What a route is to be best at."""
+
+    LATENCY = "latency"
+    """The shortest time around the ring: one person waits for the next token."""
+    THROUGHPUT = "throughput"
+    """The least machine time for a row: many rows are under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteHop:
+    """A peer and the blocks that it is to run."""
+
+    peer_id: str
+    multiaddrs: tuple[str, ...]
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Hops whose spans follow one another, and the estimated seconds around them."""
+
+    hops: tuple[RouteHop, ...]
+    cost: float
+
+    def __str__(self) -> str:
+        return " → ".join(f"{hop.peer_id[-6:]} [{hop.span}]" for hop in self.hops)
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyEstimates:
+    """One-way latencies from round trips that we measured and that peers announced.
+
+    Call it with two peer ids (None: the originator). What neither end has measured is taken to be
+    ``DEFAULT_LATENCY``; a peer is at no distance from itself.
+    """
+
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """Round trips from this node, in seconds, by peer id."""
+    announced: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """For each peer, the round trips from it, in seconds, by peer id."""
+
+    @classmethod
+    def of(
+        cls, candidates: Iterable[Announcement], measured: Mapping[str, float] | None = None
+    ) -> "LatencyEstimates":
+        """Estimates from the round trips in announcements and from our own."""
+        return cls(measured or {}, {peer.peer_id: peer.round_trips for peer in candidates})
+
+    def __call__(self, sender: str | None, receiver: str | None) -> float:
+        """The estimated seconds one way."""
+        if sender == receiver:
+            return 0.0
+        round_trip = self._round_trip(sender, receiver)
+        if round_trip is None:
+            round_trip = self._round_trip(receiver, sender)
+        return DEFAULT_LATENCY if round_trip is None else round_trip / 2
+
+    def _round_trip(self, sender: str | None, receiver: str | None) -> float | None:
+        if receiver is None:
+            return None
+        known = self.measured if sender is None else self.announced.get(sender, {})
+        return known.get(receiver)
+
+
+def block_seconds(peer: Announcement, objective: Objective = Objective.LATENCY) -> float:
+    """The time that ``peer`` takes for one row through one block, under its present load."""
+    speed = peer.decode_speed if objective is Objective.LATENCY else peer.prefill_speed
+    return (1 + LOAD_PER_SESSION * peer.sessions) / (speed or NOMINAL_SPEED)
+
+
+def plan_route(
+    candidates: Iterable[Announcement],
+    span: Span,
+    *,
+    latency: Latency,
+    dice: Dice,
+    exclude: Collection[str] = (),
+    objective: Objective = Objective.LATENCY,
+    source: str | None = None,
+    sink: str | None = None,
+    model_name: str = "the model",
+) -> Route:
+    """The cheapest route through the blocks of ``span``.
+
+    It leads from ``source`` to ``sink``: None is the originator, and a recovery names the hops
+    that have survived before and behind the gap. Peers in ``exclude`` are not used, neither are
+    those two. Raises NoRoute with the blocks that no candidate serves.
+    """
+    seen = list(candidates)
+    useful = [
+        (peer, held)
+        for peer in seen
+        if peer.span is not None
+        and (held := peer.span.intersection(span)) is not None
+        and peer.peer_id not in exclude
+        and peer.peer_id not in (source, sink)
+    ]
+    missing = gaps(
+        (Span(held.start - span.start, held.end - span.start) for _, held in useful), len(span)
+    )
+    if missing:
+        raise no_route(
+            model_name,
+            [Span(gap.start + span.start, gap.end + span.start) for gap in missing],
+            len(seen),
+        )
+    # in random order, so that originators do not all take the same one of several equals
+    shuffled = sorted(useful, key=lambda _: dice.random())
+    costs = _costs(shuffled, span, latency, dice, objective, source, sink)
+    path = shortest_path(costs)
+    hops = []
+    start = span.start
+    for number, run in groupby(path):
+        peer, end = shuffled[number][0], start + len(list(run))
+        hops.append(RouteHop(peer.peer_id, peer.multiaddrs, Span(start, end)))
+        start = end
+    return Route(tuple(hops), costs.total(path))
+
+
+def no_route(model_name: str, missing: Sequence[Span], peers_seen: int) -> NoRoute:
+    """The error that says which blocks nobody serves, and what to do about it."""
+    blocks = " and ".join(str(gap) for gap in missing)
+    nodes = " and ".join(f"--blocks {gap}" for gap in missing)
+    peers = "1 peer" if peers_seen == 1 else f"{peers_seen} peers"
+    return NoRoute(
+        f"blocks {blocks} of {model_name} are served by nobody ({peers} seen); "
+        f"start a node with {nodes}, or wait for one",
+        missing=missing,
+    )
+
+
+def _costs(
+    useful: Sequence[tuple[Announcement, Span]],
+    span: Span,
+    latency: Latency,
+    dice: Dice,
+    objective: Objective,
+    source: str | None,
+    sink: str | None,
+) -> Costs:
+    """What the search needs to know; blocks count from the start of ``span``."""
+    weight = 1.0 if objective is Objective.LATENCY else THROUGHPUT_LATENCY
+    ids = [peer.peer_id for peer, _ in useful]
+    seconds = [block_seconds(peer, objective) for peer, _ in useful]
+    entry = [weight * latency(source, peer_id) for peer_id in ids]
+    leave = [weight * latency(peer_id, sink) for peer_id in ids]
+    # what a block costs at a peer if the route goes there and uses all that it has
+    scores = [
+        seconds[number] + (entry[number] + leave[number]) / len(held)
+        for number, (_, held) in enumerate(useful)
+    ]
+    holders: list[list[int]] = [[] for _ in range(len(span))]
+    for number in _by_rank(scores, dice):
+        held = useful[number][1]
+        for block in range(held.start - span.start, held.end - span.start):
+            if len(holders[block]) < MAX_CANDIDATES:
+                holders[block].append(number)
+    known: dict[tuple[int, int], float] = {}
+
+    def between(sender: int, receiver: int) -> float:
+        value = known.get((sender, receiver))
+        if value is None:
+            value = known[sender, receiver] = weight * latency(ids[sender], ids[receiver])
+        return value
+
+    return Costs(holders, seconds, entry, leave, between)
+
+
+def _by_rank(scores: Sequence[float], dice: Dice) -> list[int]:
+    """The order in which peers are considered: the best one, one drawn, the next best one, ….
+
+    The best alone would leave out whoever is good for a few blocks only, and would send all
+    originators to the same few. One order for all blocks, so that a peer that is considered for
+    one block is seldom left out at the next.
+    """
+    best_first = sorted(range(len(scores)), key=scores.__getitem__)
+    # smallest first, exponential variables with these means are draws with weights 1 / score²
+    waits = [-math.log(1 - dice.random()) * score**2 for score in scores]
+    drawn = sorted(range(len(scores)), key=waits.__getitem__)
+    return list(dict.fromkeys(chain.from_iterable(zip(best_first, drawn, strict=True))))

@@ -1,0 +1,22 @@
+"""What all tests share: how hypothesis draws, and which tests are slow."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Timing on a shared machine says nothing, so no deadlines; in CI the same examples every time.
+settings.register_profile(
+    "dev", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=100
+)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+_SWARM = Path(__file__).parent / "swarm"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _SWARM in item.path.parents:
+            item.add_marker(pytest.mark.slow)

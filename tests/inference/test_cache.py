@@ -1,0 +1,102 @@
+"""The budget adds up whatever sessions do, and lanes keep what they were given."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from petals.inference.cache import CachePool, CacheShape, LaneCache, Reservation, SessionCache
+from petals.protocol.errors import CacheFull, LocalProtocolError
+
+SHAPE = CacheShape(heads=2, head_dim=3, dtype=torch.float32, device=torch.device("cpu"))
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """A pool beside a dumb twin: a list of what is reserved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = CachePool(100)
+        self.held: list[tuple[Reservation, int]] = []
+        self.released: list[Reservation] = []
+
+    @rule(tokens=st.integers(1, 120))
+    def reserve(self, tokens: int) -> None:
+        free = 100 - sum(size for _, size in self.held)
+        if tokens <= free:
+            self.held.append((self.pool.reserve(tokens), tokens))
+            return
+        with pytest.raises(CacheFull) as full:
+            self.pool.reserve(tokens)
+        assert (full.value.retry_after is None) == (tokens > 100)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        reservation, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        reservation.release()
+        self.released.append(reservation)
+
+    @precondition(lambda self: self.released)
+    @rule(data=st.data())
+    def release_again(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.released)).release()
+
+    @invariant()
+    def used_is_what_is_held(self) -> None:
+        assert self.pool.used == sum(size for _, size in self.held)
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=30, stateful_step_count=20)
+
+
+@given(
+    padding=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(1, 9), max_size=6),
+    back=st.integers(0, 10),
+)
+def test_lanes_hold_the_session_without_its_padding(
+    padding: list[int], cuts: list[int], back: int
+) -> None:
+    cache = SessionCache(SHAPE, batch=len(padding), max_tokens=10, padding=padding)
+    for position in sorted(cuts):
+        rows = position - cache.position
+        computed = [
+            rows - cache.padding_rows(lane, cache.position, rows) for lane in range(len(padding))
+        ]
+        before = [lane.length for lane in cache.lanes]
+        cache.advance(position)
+        assert [lane.length for lane in cache.lanes] == [
+            length + count for length, count in zip(before, computed, strict=True)
+        ]
+    held = cache.position
+    cache.truncate(back)
+    assert cache.position == min(held, back)
+    assert [lane.length for lane in cache.lanes] == [
+        max(0, min(held, back) - skipped) for skipped in padding
+    ]
+
+
+@given(pieces=st.lists(st.integers(1, 100), min_size=1, max_size=8))
+def test_a_lane_returns_what_was_appended_through_growth(pieces: list[int]) -> None:
+    lane = LaneCache(SHAPE, sum(pieces))
+    keys = torch.randn(2, sum(pieces), 3)
+    for piece in pieces:
+        end = lane.length + piece
+        for block in (3, 4):
+            new = keys[:, lane.length : end] * block
+            got_keys, got_values = lane.append(block, new, -new)
+            assert torch.equal(got_keys, keys[:, :end] * block)
+            assert torch.equal(got_values, -keys[:, :end] * block)
+        lane.length = end
+    with pytest.raises(LocalProtocolError, match="in a cache reserved for"):
+        lane.append(3, keys[:, :1], keys[:, :1])
+
+
+def test_memory_follows_use_not_reservation() -> None:
+    lane = LaneCache(SHAPE, 1_000_000)
+    row = torch.zeros(2, 1, 3)
+    keys, _ = lane.append(0, row, row)
+    assert keys.untyped_storage().nbytes() <= 64 * 2 * 3 * 4
+    assert SHAPE.bytes_per_token == 2 * 2 * 3 * 4

@@ -1,0 +1,161 @@
+"""Models of the hub, from a server on loopback that speaks as much of its protocol as we use."""
+
+import hashlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import huggingface_hub
+import pytest
+from petals.inference.checkpoint import open_checkpoint
+from petals.protocol.errors import ModelError
+from petals.protocol.span import Span
+from support.tiny_bloom import save_bloom
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub(ThreadingHTTPServer):
+    """Serves ``folder`` as the repository ``someone/tiny``, and remembers what was asked for."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.downloads: list[str] = []
+        self.refusal: tuple[int, str] | None = None
+        """Status and error code to answer everything with."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeHub
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        content = self._answer()
+        if content:
+            self.server.downloads.append(self.path.rsplit("/", 1)[1])
+            self.wfile.write(content)
+
+    def _answer(self) -> bytes:
+        repository, _, filename = self.path.removeprefix("/").partition("/resolve/main/")
+        path = self.server.folder / filename
+        if self.server.refusal is not None:
+            self._headers(*self.server.refusal)
+        elif repository != "someone/tiny":
+            self._headers(404, "RepoNotFound")
+        elif not filename or not path.is_file():
+            self._headers(404, "EntryNotFound")
+        else:
+            content = path.read_bytes()
+            self._headers(200, None, content)
+            return content
+        return b""
+
+    def _headers(self, status: int, error: str | None, content: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        if error is not None:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What setting HF_ENDPOINT does before huggingface_hub is imported."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    server = FakeHub(save_bloom(tmp_path / "on the hub", max_shard_size="50KB"))
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    point_to(server.url, monkeypatch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_only_the_shards_that_are_needed_are_downloaded(hub: FakeHub, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint("someone/tiny", cache_dir=tmp_path / "cache")
+    assert not [name for name in hub.downloads if name.endswith(".safetensors")]
+    checkpoint.load_blocks(Span(2, 3))
+    shards = {name for name in hub.downloads if name.endswith(".safetensors")}
+    assert 0 < len(shards) < len(list(hub.folder.glob("*.safetensors")))
+    assert checkpoint.fingerprint == open_checkpoint(hub.folder).fingerprint
+
+
+def test_the_cache_serves_offline(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    online = open_checkpoint("someone/tiny", cache_dir=cache)
+    online.load_blocks(Span(0, 5))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    before = list(hub.downloads)
+    offline = open_checkpoint("someone/tiny", cache_dir=cache)
+    offline.load_blocks(Span(0, 5))
+    assert offline.fingerprint == online.fingerprint
+    assert hub.downloads == before
+    with pytest.raises(ModelError, match="offline mode is on"):
+        open_checkpoint("someone/else", cache_dir=cache)
+
+
+def test_a_model_in_one_file_is_downloaded_once(hub: FakeHub, tmp_path: Path) -> None:
+    hub.folder = save_bloom(tmp_path / "whole")
+    checkpoint = open_checkpoint("someone/tiny", cache_dir=tmp_path / "cache")
+    checkpoint.load_blocks(Span(0, 5))
+    checkpoint.load_ends()
+    assert hub.downloads.count("model.safetensors") == 1
+    assert checkpoint.fingerprint == open_checkpoint(hub.folder).fingerprint
+
+
+def test_what_is_wrong_on_the_hub_is_said_in_words(hub: FakeHub, tmp_path: Path) -> None:
+    def message(name: str) -> str:
+        with pytest.raises(ModelError) as raised:
+            open_checkpoint(name, cache_dir=tmp_path / "cache")
+        return str(raised.value)
+
+    assert "neither a folder 'no/model' nor a model of that name" in message("no/model")
+    hub.refusal = (403, "GatedRepo")
+    assert "someone/tiny is gated" in message("someone/tiny")
+    hub.refusal = (400, "")
+    assert "someone/tiny" in message("someone/tiny")
+    hub.refusal = None
+    (hub.folder / "model.safetensors.index.json").unlink()
+    assert "the hub has no weights" in message("someone/tiny")
+    (hub.folder / "config.json").unlink()
+    assert "the hub has no config.json" in message("someone/tiny")
+
+
+def test_a_shard_that_the_hub_lacks_is_named(hub: FakeHub, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint("someone/tiny", cache_dir=tmp_path / "cache")
+    for path in hub.folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"the hub has no model-0000\d-of"):
+        checkpoint.load_blocks(Span(0, 1))
+
+
+def test_a_hub_that_is_not_there(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_to("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(ModelError, match="the hub could not be reached"):
+        open_checkpoint("someone/tiny", cache_dir=tmp_path / "cache")

@@ -1,0 +1,132 @@
+"""The command line in one process: exit codes, and words instead of tracebacks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from petals.node.cli import run
+from petals.node.cli.app import run_command_line
+
+PEER = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWRqgvzVyfTYV6hvYWYsLnrvYi7NJwFoGkHQY1EpsYUhsN"
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PETALS_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.delenv("PETALS_BOOTSTRAP", raising=False)
+    monkeypatch.setenv("PETALS_DEBUG", "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["rum"], "No such command 'rum'. Did you mean 'run'?"),
+        (["run", "--modell", "demo"], "--modell"),
+        (["run", "--model"], "--model"),
+        (["run", "--model", "demo", "--blocks", "5"], "--blocks: '5' is not a range"),
+        (["run", "--model", "demo", "--blocks", "5:5"], "--blocks: a span needs"),
+        (["run", "--model", "demo", "--num-blocks", "0"], "--num-blocks: 0 is too few"),
+        (["run", "--model", "demo", "--num-blocks", "two"], "--num-blocks"),
+        (["run", "--model", "demo", "--num-blocks", "2", "--blocks", "0:2"], "not both"),
+        (["run", "--blocks", "0:2"], "--model"),
+        (["run", "--cache-tokens", "-1"], "--cache-tokens: -1 is too few"),
+        (["run", "--dtype", "float8"], "float8"),
+        (["run", "--public-name", "a\nb"], "public_name"),
+        (["run", "--listen", "0.0.0.0:31330"], "--listen: '0.0.0.0:31330' is not a multiaddr"),
+        (["run", "--bootstrap", "somewhere"], "--bootstrap: 'somewhere' is not a multiaddr"),
+        (["run", "--data-dir", "/dev/null"], "data directory /dev/null"),
+        (["generate"], "PROMPT"),
+        (["generate", "x"], "no way into a swarm"),
+        (["generate", "x", "--bootstrap", "/ip4/1.2.3.4/tcp/1"], "names no peer"),
+        (["generate", "", "--bootstrap", PEER], "PROMPT"),
+        (["generate", "x", "--bootstrap", PEER, "--temperature", "-1"], "temperature"),
+        (["generate", "x", "--bootstrap", PEER, "--temperature", "nan"], "temperature"),
+        (["generate", "x", "--bootstrap", PEER, "--top-p", "1.5"], "top_p"),
+        (["generate", "x", "--bootstrap", PEER, "--top-k", "-1"], "top_k"),
+        (["generate", "x", "--bootstrap", PEER, "--max-new-tokens", "0"], "max_new_tokens"),
+        (["generate", "x", "--bootstrap", PEER, "--repetition-penalty", "0"], "repetition_"),
+        (["generate", "x", "--bootstrap", PEER, "--seed", "-1"], "seed"),
+        (["generate", "x", "--bootstrap", PEER, "--stop", ""], "stop"),
+        (["chat"], "no way into a swarm"),
+        (["chat", "--bootstrap", PEER, "--max-tokens", "0"], "--max-tokens: 0 is too few"),
+        (["status"], "no way into a swarm"),
+        (["demo", "--nodes", "0"], "--nodes: 0 is too few"),
+        (["demo", "--prompt", ""], "--prompt"),
+        (["demo", "--max-new-tokens", "0"], "--max-new-tokens: 0"),
+        (["demo", "--nodes", "1000"], "--nodes: the model has"),
+        (["demo", "--model", "/no/such/folder"], "/no/such/folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_answered_in_words(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    assert run_command_line(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("petals-node: ")
+    assert complaint in shown.err
+    assert shown.err.count("\n") == 1
+    assert "Traceback" not in shown.err + shown.out
+
+
+def test_debug_shows_the_traceback_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command_line(["--debug", "run", "--blocks", "x"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.splitlines()[-1].startswith("petals-node: --blocks")
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["generate"], ["chat"], ["status"], ["demo"]])
+def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert run_command_line([*command, "--help"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Usage: petals-node")
+    assert "exit-with-stdin" not in shown.out
+    assert not shown.err
+
+
+def test_no_command_is_a_call_for_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command_line([]) == 0
+    assert "generate" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from petals import __version__
+
+    assert run_command_line(["--version"]) == 0
+    assert capsys.readouterr().out == f"petals-node {__version__}\n"
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "petals.node", "run", "--blocks", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("petals-node: --blocks: 'x' is not a range of blocks")
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (
+            {"event": "serving", "model": "demo", "blocks": [0, 3], "multiaddr": "/ip4/x"},
+            "Serving demo, blocks 0:3, at /ip4/x",
+        ),
+        (
+            {"event": "serving", "model": None, "blocks": None, "multiaddr": "/ip4/x"},
+            "Bootstrap peer at /ip4/x",
+        ),
+        ({"event": "starting", "model": "demo"}, "Loading demo …"),
+        ({"event": "starting", "model": None}, "Starting …"),
+        ({"event": "leaving"}, "Leaving the swarm …"),
+    ],
+)
+def test_events_in_words(event: dict[str, object], words: str) -> None:
+    assert json.loads(json.dumps(event)) == event
+    assert run.in_words(event) == words

@@ -1,0 +1,398 @@
+"""What only the real network can get wrong: addresses, sockets, strangers, other processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+from petals.node.identity import new_identity
+from petals.node.libp2p_directory import DirectoryLimits, pack_record, unpack_record
+from petals.node.libp2p_guards import HostLimits
+from petals.node.libp2p_network import (
+    Libp2pNetwork,
+    NetworkLimits,
+    announced_addresses,
+    open_network,
+)
+from petals.node.libp2p_yamux import YamuxLimits
+from petals.node.network import Stream
+from petals.protocol.errors import ConfigError, PeerError, RemoteProtocolError
+from support.memory_network import expiring_merge
+from support.networks import (
+    ECHO,
+    LOOPBACK,
+    Libp2pWorld,
+    WallClock,
+    echo,
+    hold,
+    receive_exactly,
+    until_alone,
+)
+
+KEY = b"/petals/test/0"
+FAST = NetworkLimits(
+    host=HostLimits(dial_seconds=0.5, open_seconds=2, accept_seconds=0.5),
+    directory=DirectoryLimits(question_seconds=0.5, lookup_seconds=3),
+)
+
+
+@pytest.fixture
+def world() -> Libp2pWorld:
+    return Libp2pWorld()
+
+
+@asynccontextmanager
+async def listening_on(*addresses: str) -> AsyncIterator[Libp2pNetwork]:
+    async with open_network(
+        new_identity(), merge=expiring_merge, clock=WallClock(), listen=addresses
+    ) as network:
+        yield network
+
+
+def port_of(network: Libp2pNetwork) -> int:
+    return int(Multiaddr(network.multiaddrs[0]).value_for_protocol("tcp"))
+
+
+async def test_a_port_in_use_is_said_so(world: Libp2pWorld) -> None:
+    async with world.network() as network:
+        taken = f"/ip4/127.0.0.1/tcp/{port_of(network)}"
+        with pytest.raises(ConfigError, match=rf"{taken}: address already in use; .*another port"):
+            async with listening_on(LOOPBACK, taken):
+                pytest.fail("two nodes share a port")
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("nonsense", "'nonsense' is not a multiaddr"),
+        ("/ip4/127.0.0.1", "write /ip4/<address>/tcp/<port>"),
+        ("/ip4/127.0.0.1/udp/1/quic-v1", "write /ip4/<address>/tcp/<port>"),
+        ("/ip4/192.0.2.1/tcp/0", "an address of this machine"),
+    ],
+)
+async def test_addresses_that_cannot_be_listened_on(address: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        async with listening_on(address):
+            pytest.fail("it listens")
+    assert words in str(caught.value)
+    assert address in str(caught.value)
+
+
+async def test_a_wildcard_is_announced_as_the_real_interfaces() -> None:
+    async with listening_on("/ip4/0.0.0.0/tcp/0") as network:
+        port = port_of(network)
+        assert network.multiaddrs
+        for address in network.multiaddrs:
+            assert "0.0.0.0" not in address
+            assert address.endswith(f"/tcp/{port}/p2p/{network.peer_id}")
+    real = announced_addresses([Multiaddr("/ip4/0.0.0.0/tcp/7")])
+    assert "127.0.0.1" not in str(real) or len(real) == 1
+    loopback = Multiaddr("/ip4/127.0.0.1/tcp/7")
+    assert announced_addresses([loopback, loopback]) == [loopback]
+
+
+async def test_announced_addresses_replace_the_bound_ones() -> None:
+    async with open_network(
+        new_identity(),
+        merge=expiring_merge,
+        clock=WallClock(),
+        listen=[LOOPBACK],
+        announce=["/ip4/192.0.2.7/tcp/4001"],
+    ) as network:
+        assert network.multiaddrs == (f"/ip4/192.0.2.7/tcp/4001/p2p/{network.peer_id}",)
+
+
+async def test_all_addresses_of_a_peer_are_tried(world: Libp2pWorld) -> None:
+    """Behind one that refuses, one that says nothing, one of another protocol, and rubbish."""
+    world.limits = FAST
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with world.network() as server, world.network(serve=False) as client:
+            server.handle(ECHO, echo)
+            addresses = [
+                "rubbish",
+                "/ip4/127.0.0.1/udp/1/quic-v1",
+                "/ip4/127.0.0.1/tcp/1",
+                f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}",
+                *server.multiaddrs,
+            ]
+            stream = await client.open_stream(server.peer_id, addresses, ECHO)
+            await stream.close()
+
+
+async def test_a_listener_that_says_nothing_is_given_up_and_can_be_tried_again(
+    world: Libp2pWorld,
+) -> None:
+    world.limits = FAST
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"
+        async with world.network() as server, world.network(serve=False) as client:
+            server.handle(ECHO, echo)
+            with pytest.raises(PeerError, match=r"no answer within 0\.5 s"):
+                await client.open_stream(server.peer_id, [address], ECHO)
+            await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
+
+
+async def test_somebody_else_at_the_address_is_not_talked_to(world: Libp2pWorld) -> None:
+    async with world.network() as server, world.network(serve=False) as client:
+        server.handle(ECHO, echo)
+        expected = new_identity().peer_id
+        with pytest.raises(PeerError, match=expected):
+            await client.open_stream(expected, [LOOPBACK[:-1] + str(port_of(server))], ECHO)
+        assert client.connected_peers() == ()
+
+
+async def test_two_that_dial_each_other_at_once_understand_each_other(world: Libp2pWorld) -> None:
+    async with world.network() as first, world.network() as second:
+        first.handle(ECHO, echo)
+        second.handle(ECHO, echo)
+
+        async def talk(one: Libp2pNetwork, other: Libp2pNetwork) -> None:
+            stream = await one.open_stream(other.peer_id, other.multiaddrs, ECHO)
+            await stream.send([b"x" * 1000])
+            await receive_exactly(stream, 1000)
+            await stream.close()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(talk, first, second)
+                nursery.start_soon(talk, second, first)
+
+
+async def test_many_callers_share_one_dial(world: Libp2pWorld) -> None:
+    async with world.network() as server, world.network(serve=False) as client:
+        server.handle(ECHO, echo)
+
+        async def call() -> None:
+            await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(call)
+        assert client.statistics().connections == 1
+
+
+async def test_cancelling_a_dial_leaves_nothing_behind(world: Libp2pWorld) -> None:
+    async with world.network() as server, world.network(serve=False) as client:
+        server.handle(ECHO, echo)
+        for tenths_of_milliseconds in range(0, 100, 7):
+            with trio.move_on_after(tenths_of_milliseconds / 10_000):
+                stream = await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
+                await stream.close()
+        stream = await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
+        await stream.send([b"alive"])
+        assert await receive_exactly(stream, 5) == b"alive"
+
+
+async def test_strangers_cannot_use_up_the_places_of_later_ones(world: Libp2pWorld) -> None:
+    """The library kept a place for each connection that it had ever accepted."""
+    world.limits = NetworkLimits(host=HostLimits(connections=3))
+    async with world.network() as server:
+        for _ in range(8):
+            async with world.network(serve=False, bootstrap=server.multiaddrs):
+                assert len(server.connected_peers()) == 1
+            await until_alone(server)
+
+
+async def test_bytes_of_strangers_harm_nobody(world: Libp2pWorld) -> None:
+    world.limits = FAST
+    async with world.network() as server, world.network(serve=False) as client:
+        server.handle(ECHO, echo)
+        stream = await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
+        for junk in (
+            b"",
+            b"GET / HTTP/1.1\r\n\r\n",
+            os.urandom(5000),
+            b"\xff" * 64,
+            b"\x13/multistream/1.0.0\n" + b"\xff\xff\xff\xff\x7f" * 4,
+            b"\x13/multistream/1.0.0\n\x07/noise\n\xff\xff" + bytes(65535),
+            b"\x13/multistream/1.0.0\n\x11/plaintext/2.0.0\n",
+        ):
+            stranger = await trio.open_tcp_stream("127.0.0.1", port_of(server))
+            with trio.move_on_after(2):
+                try:
+                    await stranger.send_all(junk)
+                    await stranger.send_eof()
+                    answer = b""
+                    while data := await stranger.receive_some():
+                        answer += data
+                    assert b"/plaintext" not in answer
+                except (trio.BrokenResourceError, OSError):
+                    pass
+            await stranger.aclose()
+        await stream.send([b"unharmed"])
+        assert await receive_exactly(stream, 8) == b"unharmed"
+        assert server.connected_peers() == (client.peer_id,)
+
+
+async def test_leaving_takes_no_time_even_while_much_is_going_on(world: Libp2pWorld) -> None:
+    async with world.network() as server:
+        server.handle(ECHO, hold)
+        with trio.fail_after(4):
+            async with world.network(serve=False) as client, trio.open_nursery() as nursery:
+
+                async def push() -> None:
+                    stream = await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
+                    with pytest.raises(PeerError):
+                        await stream.send([bytes(10_000_000)])
+
+                for _ in range(5):
+                    nursery.start_soon(push)
+                await trio.sleep(0.2)
+                nursery.cancel_scope.cancel()
+        await until_alone(server)
+
+
+async def test_nothing_is_left_of_a_network(world: Libp2pWorld) -> None:
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    async def come_and_go() -> None:
+        async with world.network() as server:
+            server.handle(ECHO, echo)
+            async with world.network(serve=False, bootstrap=server.multiaddrs) as client:
+                stream = await client.open_stream(server.peer_id, [], ECHO)
+                await stream.send([b"x"])
+                await stream.receive()
+
+    await come_and_go()
+    tasks, files = trio.lowlevel.current_statistics().tasks_living, open_files()
+    threads = threading.active_count()
+    for _ in range(3):
+        await come_and_go()
+    assert trio.lowlevel.current_statistics().tasks_living == tasks
+    assert open_files() == files
+    assert threading.active_count() == threads
+
+
+async def test_records_that_are_none() -> None:
+    assert unpack_record(pack_record([b"a", b"b"])) == [b"a", b"b"]
+    for junk in (
+        b"",
+        b"\xc1",
+        b"\x80",
+        b"\x91\x01",
+        b"\x92\xc4\x01a",
+        b"\xdd\xff\xff\xff\xff",
+        b"\x90x",
+    ):
+        with pytest.raises(RemoteProtocolError):
+            unpack_record(junk)
+    with pytest.raises(RemoteProtocolError, match="has at most"):
+        unpack_record(pack_record([bytes(300_000)]))
+
+
+async def test_a_holder_that_stops_answering_does_not_hold_the_directory_up(
+    world: Libp2pWorld,
+) -> None:
+    world.limits = FAST
+    async with (
+        world.network() as first,
+        world.network(bootstrap=first.multiaddrs) as second,
+        world.network(serve=False, bootstrap=first.multiaddrs) as client,
+    ):
+        entry = b"a 1 %f" % (world.clock.now + 60)
+        assert await client.put(KEY, entry) == 2
+        second.handle("/ipfs/kad/1.0.0", hold)
+        with trio.fail_after(3):
+            assert await client.put(KEY, entry) == 1
+            assert len(await client.get(KEY)) == 1
+        assert client.statistics().directory_peers == 1
+
+
+async def test_a_holder_that_answers_rubbish_is_passed_over(world: Libp2pWorld) -> None:
+    async def answer_rubbish(stream: Stream) -> None:
+        await stream.receive()
+        await stream.send([b"\x05" + os.urandom(5)])
+
+    async with world.network() as first, world.network(bootstrap=first.multiaddrs) as second:
+        second.handle("/ipfs/kad/1.0.0", answer_rubbish)
+        async with world.network(serve=False, bootstrap=first.multiaddrs) as client:
+            await client.join(second.multiaddrs)
+            assert await client.put(KEY, b"a 1 %f" % (world.clock.now + 60)) == 1
+            assert len(await client.get(KEY)) == 1
+
+
+async def test_peers_are_found_through_the_directory(world: Libp2pWorld) -> None:
+    """Whoever has been looked up can be dialled with no address given."""
+    async with (
+        world.network() as first,
+        world.network(bootstrap=first.multiaddrs) as second,
+        world.network(serve=False, bootstrap=first.multiaddrs) as client,
+    ):
+        second.handle(ECHO, echo)
+        await client.get(KEY)
+        stream = await client.open_stream(second.peer_id, [], ECHO)
+        await stream.close()
+
+
+async def test_peer_ids_are_those_of_libp2p() -> None:
+    identity = new_identity()
+    assert str(ID.from_string(identity.peer_id)) == identity.peer_id
+
+
+PEER_PROCESS = """
+import sys, trio
+from petals.node.libp2p_network import open_network
+from petals.node.identity import new_identity
+from support.networks import ECHO, LOOPBACK, WallClock, echo
+from support.memory_network import expiring_merge
+
+async def main():
+    async with open_network(
+        new_identity(), merge=expiring_merge, clock=WallClock(), listen=[LOOPBACK]
+    ) as network:
+        network.handle(ECHO, echo)
+        print(network.peer_id, *network.multiaddrs, flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+async def test_another_process_that_freezes_and_one_that_is_killed(world: Libp2pWorld) -> None:
+    world.limits = NetworkLimits(
+        host=HostLimits(open_seconds=5, yamux=YamuxLimits(ping_seconds=0.3, missed_pings=3))
+    )
+    tests = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
+    processes = [
+        subprocess.Popen(  # noqa: ASYNC220 - starting takes a moment, waiting is in a thread
+            [sys.executable, "-c", PEER_PROCESS], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for _ in range(2)
+    ]
+    try:
+        async with world.network(serve=False) as client:
+            streams, names = [], []
+            for process in processes:
+                assert process.stdout is not None
+                line = await trio.to_thread.run_sync(process.stdout.readline)
+                peer_id, *multiaddrs = line.split()
+                stream = await client.open_stream(peer_id, multiaddrs, ECHO)
+                await stream.send([b"x" * 28_000])
+                await receive_exactly(stream, 28_000)
+                streams.append(stream)
+                names.append(peer_id)
+            processes[0].send_signal(signal.SIGSTOP)
+            processes[1].kill()
+            with trio.fail_after(5):
+                with pytest.raises(PeerError, match=names[1]):
+                    await streams[1].receive()
+                with pytest.raises(PeerError, match=f"{names[0]} broke: the peer has stopped"):
+                    await streams[0].receive()
+                await until_alone(client)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()

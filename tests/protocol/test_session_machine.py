@@ -1,0 +1,131 @@
+"""Whatever links and hops do to each other, no row is skipped or computed from wrong inputs."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from petals.protocol.chain import ChainState
+from petals.protocol.span import Span
+from support.ring_world import MAX_TOKENS, ME, NUM_BLOCKS, RingWorld, reference
+
+
+def split(cuts: frozenset[int], whole: Span) -> list[Span]:
+    inner = sorted(cut for cut in cuts if whole.start < cut < whole.end)
+    bounds = [whole.start, *inner, whole.end]
+    return [Span(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+cuts = st.frozensets(st.integers(1, NUM_BLOCKS - 1), max_size=4)
+
+
+class Ring(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = RingWorld(split(frozenset({2, 4}), Span(0, NUM_BLOCKS)))
+
+    def pick(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.world.wires)))
+
+    @precondition(lambda self: len(self.world.tokens) < MAX_TOKENS)
+    @rule(data=st.data())
+    def append(self, data: st.DataObject) -> None:
+        count = data.draw(st.integers(1, min(6, MAX_TOKENS - len(self.world.tokens))))
+        self.world.append(count, data.draw(st.integers(1, count)))
+
+    @precondition(lambda self: self.world.tokens)
+    @rule(data=st.data())
+    def rewind(self, data: st.DataObject) -> None:
+        self.world.rewind(data.draw(st.integers(0, len(self.world.tokens) - 1)))
+
+    @rule(passes=st.integers(1, 8), max_rows=st.integers(1, 3))
+    def advance(self, passes: int, max_rows: int) -> None:
+        for _ in range(passes):
+            self.world.advance(max_rows)
+
+    @rule()
+    def settle(self) -> None:
+        self.world.settle()
+
+    @rule(data=st.data(), max_rows=st.integers(1, 5))
+    def transmit(self, data: st.DataObject, max_rows: int) -> None:
+        self.world.transmit(self.pick(data), max_rows)
+
+    @rule(data=st.data())
+    def deliver(self, data: st.DataObject) -> None:
+        self.world.deliver(self.pick(data))
+
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        self.world.answer(self.pick(data))
+
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        wire = self.world.wires[self.pick(data)]
+        if wire.forward:
+            wire.forward.popleft()
+
+    @rule(data=st.data())
+    def duplicate(self, data: st.DataObject) -> None:
+        wire = self.world.wires[self.pick(data)]
+        if wire.forward:
+            wire.forward.append(wire.forward[0])
+
+    @rule(data=st.data())
+    def delay(self, data: st.DataObject) -> None:
+        self.world.wires[self.pick(data)].forward.rotate(-1)
+
+    @rule(data=st.data())
+    def cut(self, data: st.DataObject) -> None:
+        self.world.cut(self.pick(data))
+
+    @rule(data=st.data())
+    def dial(self, data: st.DataObject) -> None:
+        self.world.dial(self.pick(data))
+
+    @rule(data=st.data())
+    def compute(self, data: st.DataObject) -> None:
+        self.world.compute(data.draw(st.sampled_from(sorted(self.world.relays))))
+
+    @rule()
+    def send_back(self) -> None:
+        self.world.send_back()
+
+    @rule(data=st.data(), cuts=cuts)
+    def replace(self, data: st.DataObject, cuts: frozenset[int]) -> None:
+        dead = data.draw(st.sampled_from(sorted(self.world.relays)))
+        self.world.lose(dead)
+        for missing in self.world.chain.missing:
+            self.world.route(split(cuts, missing))
+
+    @rule(data=st.data())
+    def replace_several(self, data: st.DataObject) -> None:
+        relays = sorted(self.world.relays)
+        for dead in data.draw(st.lists(st.sampled_from(relays), min_size=1, unique=True)):
+            self.world.lose(dead)
+        self.world.route(self.world.chain.missing)
+
+    @invariant()
+    def rows_that_came_back_are_right(self) -> None:
+        right = reference(self.world.tokens)
+        assert all(row == right[at] for at, row in self.world.delivered.items())
+
+    def teardown(self) -> None:
+        """However bad it was: once links hold again, everything wanted comes back."""
+        world = self.world
+        if world.tokens:
+            first = world.chain.hops[0]
+            for sender in sorted(world.wires):
+                world.cut(sender)
+            world.lose(first.peer.peer_id)
+            world.route([first.span])
+            world.settle()
+            assert world.chain.expected == world.chain.length == len(world.tokens)
+            assert world.chain.state is ChainState.RUNNING
+            self.rows_that_came_back_are_right()
+        world.close()
+        assert not world.relays
+        assert ME in world.wires
+
+
+Ring.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestRing = Ring.TestCase

@@ -1,0 +1,302 @@
+"""A ring of hops in one thread, over links that drop, duplicate, delay and break.
+
+The forward pass is SHA-256: a block's output at a position depends on its own number and on all
+inputs up to that position, so a row that was skipped, repeated or computed from anything but the
+right inputs gives an output that differs, whatever the split into hops.
+"""
+
+import collections
+import hashlib
+from dataclasses import dataclass, field
+
+from petals.protocol.chain import (
+    Chain,
+    ChainHop,
+    Closed,
+    Deliver,
+    DropHop,
+    HopLost,
+    HopReady,
+    LinkFirst,
+    OpenHop,
+    RelinkHop,
+    Returned,
+    Routed,
+    SessionTerms,
+)
+from petals.protocol.chain import Effect as ChainEffect
+from petals.protocol.frames import Open, Output, Peer, Resume, Step
+from petals.protocol.hop import Compute, Computed, DialSuccessor, Hop, Linked, Reply, SuccessorLost
+from petals.protocol.hop import Event as HopEvent
+from petals.protocol.hop import Welcome
+from petals.protocol.span import Span
+from petals.protocol.tensor import DType, WireTensor
+
+HIDDEN_SIZE = 8
+"""Of float32: 32 bytes a row, one digest."""
+NUM_BLOCKS = 6
+MAX_TOKENS = 40
+ME = "me"
+
+
+def embed(token: int) -> bytes:
+    return hashlib.sha256(b"token %d" % token).digest()
+
+
+class Cache:
+    """Per block, its state behind every position: what a KV cache is to a real block."""
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.states: list[list[bytes]] = [[] for _ in range(len(span))]
+
+    def run(self, position: int, rows: list[bytes]) -> list[bytes]:
+        for block, states in zip(range(self.span.start, self.span.end), self.states, strict=True):
+            assert position <= len(states), f"a gap: {len(states)} cached, step at {position}"
+            del states[position:]
+            for row in rows:
+                before = states[-1] if states else b""
+                states.append(hashlib.sha256(b"%d " % block + before + row).digest())
+            rows = states[position:]
+        return rows
+
+
+def reference(tokens: list[int]) -> list[bytes]:
+    return Cache(Span(0, NUM_BLOCKS)).run(0, [embed(token) for token in tokens])
+
+
+def to_tensor(rows: list[bytes]) -> WireTensor:
+    return WireTensor(DType.FLOAT32, (1, len(rows), HIDDEN_SIZE), b"".join(rows))
+
+
+def to_rows(tensor: WireTensor) -> list[bytes]:
+    data = bytes(tensor.data)
+    return [data[at : at + 32] for at in range(0, len(data), 32)]
+
+
+@dataclass
+class Relay:
+    """A hop with its cache and the steps that it has not computed yet."""
+
+    hop: Hop
+    cache: Cache
+    steps: collections.deque[Step] = field(default_factory=collections.deque)
+    rows_computed: int = 0
+
+
+@dataclass
+class Wire:
+    """What is under way between a sender and a receiver."""
+
+    sender: str
+    receiver: str
+    forward: collections.deque[Step] = field(default_factory=collections.deque)
+    back: collections.deque[Resume] = field(default_factory=collections.deque)
+
+
+class RingWorld:
+    """One session: its chain, its relays, and the wires between them."""
+
+    def __init__(self, spans: list[Span]) -> None:
+        self.now = 0.0
+        self.tokens: list[int] = []
+        self.relays: dict[str, Relay] = {}
+        self.wires: dict[str, Wire] = {}
+        """By sender."""
+        self.delivered: dict[int, bytes] = {}
+        self._names = 0
+        terms = SessionTerms(
+            session=bytes(16),
+            model="f" * 64,
+            num_blocks=NUM_BLOCKS,
+            hidden_size=HIDDEN_SIZE,
+            batch=1,
+            padding=(0,),
+            max_tokens=MAX_TOKENS,
+            wire_dtype=DType.FLOAT32,
+        )
+        self.chain = Chain(terms, own_peer_id=ME, now=self.now)
+        self.route(spans)
+
+    # --- the originator ---------------------------------------------------------------------
+
+    def route(self, spans: list[Span]) -> None:
+        """Fill the chain's missing blocks with new relays."""
+        hops = []
+        for span in spans:
+            self._names += 1
+            hops.append(ChainHop(Peer(f"hop{self._names}"), span))
+        self._apply(self.chain.receive(Routed(hops), self.now))
+        for hop in hops:
+            self._apply(self.chain.receive(HopReady(hop.peer.peer_id), self.now))
+
+    def lose(self, peer_id: str) -> None:
+        """A hop dies with all that it holds and all that is under way to and from it."""
+        self._apply(self.chain.receive(HopLost(peer_id, "died"), self.now))
+
+    def append(self, count: int, want: int) -> None:
+        start = len(self.tokens)
+        self.tokens += [self.now.__hash__() * 31 + start + index for index in range(count)]
+        self.now += 1
+        self.chain.append(count, want_from=len(self.tokens) - want, now=self.now)
+
+    def rewind(self, position: int) -> None:
+        self.chain.rewind(position)
+        del self.tokens[position:]
+        self.delivered = {at: row for at, row in self.delivered.items() if at < position}
+
+    def close(self) -> None:
+        self._apply(self.chain.receive(Closed("done"), self.now))
+
+    def _apply(self, effects: list[ChainEffect]) -> None:
+        for effect in effects:
+            if isinstance(effect, OpenHop):
+                self._open(effect.peer.peer_id, effect.frame)
+            elif isinstance(effect, RelinkHop):
+                self._tell(effect.peer_id, effect.frame)
+            elif isinstance(effect, DropHop):
+                del self.relays[effect.peer_id]
+                self.wires.pop(effect.peer_id, None)
+                for wire in [wire for wire in self.wires.values()]:
+                    if wire.receiver == effect.peer_id:
+                        self.cut(wire.sender)
+            elif isinstance(effect, LinkFirst):
+                self.wires[ME] = Wire(ME, effect.peer.peer_id)
+                self._link(ME, effect.epoch)
+            elif isinstance(effect, Deliver):
+                rows = to_rows(effect.hidden)
+                for at, row in enumerate(rows, start=self.chain.expected - len(rows)):
+                    self.delivered[at] = row
+
+    def _open(self, peer_id: str, opened: Open) -> None:
+        hop = Hop(opened, hidden_size=HIDDEN_SIZE, now=self.now)
+        self.relays[peer_id] = Relay(hop, Cache(opened.span))
+        if opened.successor is not None:
+            self.wires[peer_id] = Wire(peer_id, opened.successor.peer_id)
+
+    # --- the relays -------------------------------------------------------------------------
+
+    def _tell(self, peer_id: str, event: HopEvent) -> list[Resume]:
+        """Give a relay an event; returns what it answers to whoever links to it."""
+        relay = self.relays[peer_id]
+        answers: list[Resume] = []
+        for effect in relay.hop.receive(event, self.now):
+            if isinstance(effect, Compute):
+                relay.steps.append(effect.step)
+            elif isinstance(effect, Reply):
+                assert isinstance(effect.frame, Resume)
+                answers.append(effect.frame)
+            elif isinstance(effect, DialSuccessor):
+                self.wires.pop(peer_id, None)
+                if relay.hop.successor is not None:
+                    self.wires[peer_id] = Wire(peer_id, relay.hop.successor.peer_id)
+        return answers
+
+    def compute(self, peer_id: str) -> bool:
+        relay = self.relays[peer_id]
+        if not relay.steps:
+            return False
+        step = relay.steps.popleft()
+        rows = to_rows(step.hidden)
+        relay.rows_computed += len(rows)
+        self._tell(peer_id, Computed(step, to_tensor(relay.cache.run(step.position, rows))))
+        return True
+
+    # --- the wires --------------------------------------------------------------------------
+
+    def _link(self, sender: str, epoch: int) -> bool:
+        wire = self.wires[sender]
+        relay = self.relays.get(wire.receiver)
+        if relay is None or relay.hop.link_welcome(sender, epoch) is not Welcome.ACCEPT:
+            return False
+        wire.back.extend(self._tell(wire.receiver, Linked()))
+        return True
+
+    def dial(self, sender: str) -> bool:
+        """A relay links to its successor, if it has no link."""
+        relay = self.relays.get(sender)
+        if relay is None or relay.hop.successor_linked or sender not in self.wires:
+            return False
+        return not self.wires[sender].back and self._link(sender, relay.hop.epoch)
+
+    def cut(self, sender: str) -> None:
+        """The link breaks; old steps may still arrive later, the sender does not know how far."""
+        if sender == ME:
+            return  # the shell treats the loss of this link as the loss of the hop
+        wire = self.wires[sender]
+        wire.back.clear()
+        self._tell(sender, SuccessorLost())
+
+    def transmit(self, sender: str, max_rows: int) -> bool:
+        """The sender puts its next step, if there is one, on the wire."""
+        wire = self.wires[sender]
+        if sender != ME:
+            outgoing = self.relays[sender].hop.next_outgoing(max_rows)
+            assert not isinstance(outgoing, Output)
+            if outgoing is not None:
+                wire.forward.append(outgoing)
+            return outgoing is not None
+        due = self.chain.next_due(max_rows)
+        if due is None:
+            return False
+        hidden = to_tensor([embed(token) for token in self.tokens[due.start : due.stop]])
+        wire.forward.append(
+            Step(due.link, due.sequence, due.rewind, due.start, self.chain.expected, hidden)
+        )
+        return True
+
+    def deliver(self, sender: str) -> bool:
+        """The first step on the wire arrives."""
+        wire = self.wires[sender]
+        if not wire.forward or wire.receiver not in self.relays:
+            wire.forward.clear()
+            return False
+        wire.back.extend(self._tell(wire.receiver, wire.forward.popleft()))
+        return True
+
+    def answer(self, sender: str) -> bool:
+        """The receiver's first grant under way arrives at the sender."""
+        wire = self.wires[sender]
+        if not wire.back:
+            return False
+        grant = wire.back.popleft()
+        if sender == ME:
+            self._apply(self.chain.receive(grant, self.now))
+        else:
+            self._tell(sender, grant)
+        return True
+
+    def send_back(self) -> bool:
+        """The last hop returns rows to the originator (on a stream that is reliable)."""
+        if not self.chain.hops:
+            return False
+        last = self.chain.hops[-1].peer.peer_id
+        hop = self.relays[last].hop
+        output = hop.next_outgoing(3) if hop.successor is None else None
+        if output is None:
+            return False
+        assert isinstance(output, Output)
+        self._apply(self.chain.receive(Returned(last, output), self.now))
+        return True
+
+    def advance(self, max_rows: int) -> None:
+        """Everything moves by one; a busy wire has a step under way afterwards."""
+        for peer_id in list(self.relays):
+            self.compute(peer_id)
+        for sender in list(self.wires):
+            self.deliver(sender)
+            if not self.answer(sender):
+                self.dial(sender)
+            self.transmit(sender, max_rows)
+
+    def settle(self) -> None:
+        """Let everything that is under way arrive, reliably, until nothing moves."""
+        moving = True
+        while moving:
+            moving = self.send_back()
+            for peer_id in list(self.relays):
+                moving |= self.compute(peer_id)
+            for sender in list(self.wires):
+                moving |= self.answer(sender) or self.dial(sender)
+                moving |= self.transmit(sender, 4)
+                moving |= self.deliver(sender)
