@@ -176,7 +176,7 @@ def _opened_pickle(path: Path) -> Iterator[tuple[list[str], Reader]]:
     yield [key for key in content if isinstance(key, str)], read
 
 
-def _load_pickle(path: Path) -> dict[str, Any]:
+def _load_pickle(path: Path) -> dict[object, Any]:
     try:
         # Files of before torch 1.6 are no zip archives and cannot be mapped.
         content = torch.load(

@@ -15,7 +15,12 @@ import trio
 from ..inference.sampling_params import SamplingParams
 from ..protocol.announcement import Announcement
 from ..protocol.errors import ConfigError, PetalsError
-from .config import BOOTSTRAP_VARIABLE, NodeConfig, bootstrap_from_environment
+from .config import (
+    BOOTSTRAP_VARIABLE,
+    NodeConfig,
+    bootstrap_from_environment,
+    default_data_dir,
+)
 from .node import Node
 from .originate import Generation, GenerationStatus
 from .originate import GenerationHandle as TrioHandle
@@ -83,9 +88,7 @@ class Client:
         self._thread = threading.Thread(target=self._run, name="petals-client", daemon=True)
         self._thread.start()
         self._ready.wait()
-        if self._failure is not None:
-            self._thread.join()
-            raise self._failure
+        self._raise_failure()
 
     def generate(
         self,
@@ -164,6 +167,11 @@ class Client:
     ) -> None:
         """Disconnect."""
         self.disconnect()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
 
     def _run(self) -> None:
         try:

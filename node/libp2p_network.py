@@ -11,7 +11,6 @@ call has a deadline; what the library raises becomes ``PeerError`` (the peer) or
 
 import errno
 import logging
-import math
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -26,15 +25,11 @@ from libp2p.custom_types import TProtocol
 from libp2p.io.exceptions import IOException
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.peer.id import ID
-from libp2p.protocol_muxer.exceptions import (
-    MultiselectClientError,
-    MultiselectCommunicatorError,
-    ProtocolNotSupportedError,
-)
-from libp2p.protocol_muxer.multiselect_client import MultiselectClient
+from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.tools.anyio_service import background_trio_service
+from libp2p.utils import encode_delim
 from multiaddr import Multiaddr
 
 from ..protocol.errors import ConfigError, ErrorCode, PeerError
@@ -54,7 +49,7 @@ from .network import NetworkStatistics, Stream, StreamHandler
 
 logger = logging.getLogger(__name__)
 
-_NEGOTIATION_ERRORS = (MultiselectClientError, MultiselectCommunicatorError, MuxedStreamError)
+_MULTISTREAM = "/multistream/1.0.0"
 _CLOSE_SECONDS = 1.5  # for all connections together, when the network ends
 _SMALL_SEND = 16 * 1024  # buffers up to here are joined: a frame header must not travel alone
 
@@ -248,30 +243,34 @@ class Libp2pNetwork:
                 connection = await self._swarm.connect(peer, addresses)
                 try:
                     return await self._negotiate(connection, protocol)
-                except _NEGOTIATION_ERRORS:
+                except MuxedStreamError:
                     if not connection.muxed_conn.is_closed:
                         raise
                 # The connection was lost under us, perhaps hours ago: a new one may do.
                 connection = await self._swarm.connect(peer, addresses)
                 return await self._negotiate(connection, protocol)
-        except (DialError, trio.TooSlowError, *_NEGOTIATION_ERRORS) as error:
-            raise self._unreachable(peer, error, protocol) from error
+        except (DialError, MuxedStreamError, trio.TooSlowError) as error:
+            raise self._unreachable(peer, error) from error
 
     async def _negotiate(self, connection: SwarmConn, protocol: TProtocol) -> YamuxStream:
+        """Open a stream and agree on the protocol, in one round trip where the library takes two."""
         stream = await connection.muxed_conn.open_stream()
         assert isinstance(stream, YamuxStream)
+        agreed = False
         try:
-            await MultiselectClient().select_one_of(
-                [protocol],
-                MultiselectCommunicator(stream),
-                math.ceil(self._limits.host.open_seconds),
+            communicator = MultiselectCommunicator(stream)
+            await stream.write(
+                encode_delim(_MULTISTREAM.encode()) + encode_delim(protocol.encode())
             )
-        except (IOException, UnicodeDecodeError) as error:
-            stream.reset_now("the protocol could not be agreed on")
+            answers = (await communicator.read(), await communicator.read())
+            agreed = answers == (_MULTISTREAM, protocol)
+        except (IOException, MultiselectCommunicatorError, UnicodeDecodeError) as error:
             raise MuxedStreamError(f"it answers nonsense ({error})") from error
-        except BaseException:
-            stream.reset_now("the protocol could not be agreed on")
-            raise
+        finally:
+            if not agreed:
+                stream.reset_now("no protocol was agreed on")
+        if not agreed:
+            raise DialError(f"it does not speak {protocol}")
         stream.protocol = str(protocol)
         return stream
 
@@ -284,15 +283,9 @@ class Libp2pNetwork:
     def _announced(self, bound: list[Multiaddr]) -> list[Multiaddr]:
         return list(self._announce) or announced_addresses(bound)
 
-    def _unreachable(
-        self, peer: ID, error: Exception, protocol: TProtocol | None = None
-    ) -> PeerError:
-        if isinstance(error, trio.TooSlowError):
-            reason = f"no answer within {self._limits.host.open_seconds:g} s"
-        elif protocol is not None and _is_unsupported(error):
-            reason = f"it does not speak {protocol}"
-        else:
-            reason = str(error)
+    def _unreachable(self, peer: ID, error: Exception) -> PeerError:
+        late = f"no answer within {self._limits.host.open_seconds:g} s"
+        reason = late if isinstance(error, trio.TooSlowError) else str(error)
         return PeerError(
             f"cannot reach {peer}: {reason}", code=ErrorCode.UNREACHABLE, peer_id=str(peer)
         )
@@ -476,10 +469,6 @@ def _readable(text: str) -> Multiaddr | None:
 def _value(address: Multiaddr, protocol: str) -> str | None:
     names = [part.name for part in address.protocols()]
     return address.value_for_protocol(protocol) if protocol in names else None
-
-
-def _is_unsupported(error: BaseException) -> bool:
-    return isinstance(error, ProtocolNotSupportedError) or "not supported" in str(error)
 
 
 def _joined(buffers: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:

@@ -366,16 +366,18 @@ class Node:
         )
 
     async def _open_checkpoint(self) -> "Checkpoint":
-        if self._checkpoint is None:
+        if self._checkpoint is not None:
+            return self._checkpoint
 
-            def load() -> "tuple[Checkpoint, str]":
-                from . import serving
+        def load() -> "tuple[Checkpoint, str]":
+            from . import serving
 
-                checkpoint = serving.open_model(self.config)
-                return checkpoint, serving.announced_name(checkpoint)
+            checkpoint = serving.open_model(self.config)
+            return checkpoint, serving.announced_name(checkpoint)
 
-            self._checkpoint, self.model_name = await self._in_torch_thread(load)
-        return self._checkpoint
+        checkpoint, self.model_name = await self._in_torch_thread(load)
+        self._checkpoint = checkpoint
+        return checkpoint
 
     async def _in_torch_thread(self, function: Callable[[], T]) -> T:
         """Run ``function`` where this process loads weights and runs the ends."""

@@ -7,10 +7,10 @@ around with the next step. ``write`` extends it by a prompt and samples until an
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import trio
@@ -31,8 +31,14 @@ from .ring import Ring, Router, new_session_id, open_ring
 from .wakeup import Signal
 
 T = TypeVar("T")
-Compute = Callable[[Callable[[], T]], Awaitable[T]]
-"""Runs a function on the thread that torch has in this process."""
+
+
+class Compute(Protocol):
+    """Runs a function on the thread that torch has in this process."""
+
+    async def __call__(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns or raises."""
+        ...
 
 
 class GenerationState(StrEnum):
@@ -89,7 +95,8 @@ class Session:
     """
 
     def __init__(self, originator: "Originator", terms: SessionTerms) -> None:
-        self._originator = originator
+        self.originator = originator
+        """Its model, tokenizer and ends."""
         self._terms = terms
         self._tokens: list[list[int]] = [[] for _ in range(terms.batch)]
         """Per sequence, what has gone around, and behind it what goes next."""
@@ -148,8 +155,8 @@ class Session:
         ``on_tokens`` gets every step's tokens, one per sequence, and says which sequences are to
         end there. Returns when all have ended or after ``max_new_tokens``.
         """
-        compute, ends = self._originator.compute, self._originator.ends
-        checkpoint = self._originator.checkpoint
+        compute, ends = self.originator.compute, self.originator.ends
+        checkpoint = self.originator.checkpoint
         history = [[*old, *new] for old, new in zip(self._tokens, token_ids, strict=True)]
         sampler = Sampler(
             params,
@@ -178,8 +185,12 @@ class Session:
     async def embed(self, start: int, stop: int) -> WireTensor:
         """The embeddings [batch, stop - start, hidden_size] of positions of this session."""
         rows = torch.tensor([tokens[start:stop] for tokens in self._tokens])
-        ends, dtype = self._originator.ends, self._terms.wire_dtype
-        return await self._originator.compute(lambda: to_wire(ends.embed(rows), dtype))
+        ends, dtype = self.originator.ends, self._terms.wire_dtype
+
+        def embed() -> WireTensor:
+            return to_wire(ends.embed(rows), dtype)
+
+        return await self.originator.compute(embed)
 
     def _running(self) -> Ring:
         if self.ring is None:
@@ -197,7 +208,7 @@ class Originator:
         tokenizer: Any,
         *,
         wire_dtype: DType,
-        compute: Compute[Any],
+        compute: Compute,
         network: Network,
         router: Router,
         swarm: Swarm,

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from petals.inference.detokenizer import Detokenizer
+from petals.protocol.errors import ModelError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -33,6 +34,11 @@ def pieces(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Detok
     parts = [detokenizer.add(token) for token in ids]
     parts.append(detokenizer.finish())
     return parts, detokenizer
+
+
+def ids_of(*tokens: str) -> list[int]:
+    vocabulary = tokenizer().get_vocab()
+    return [vocabulary[token] for token in tokens]
 
 
 def cut(text: str, stop: tuple[str, ...]) -> str:
@@ -64,8 +70,7 @@ def test_text_ends_before_the_first_stop(text: str, stop: tuple[str, ...]) -> No
 
 
 def test_text_streams_and_holds_back_only_what_may_be_a_stop() -> None:
-    ids = [tokenizer().convert_tokens_to_ids(letter) for letter in "xaabay"]
-    parts, _ = pieces(ids, ("abab",))
+    parts, _ = pieces(ids_of(*"xaabay"), ("abab",))
     assert parts == ["x", "", "a", "", "", "abay", ""]
 
 
@@ -76,8 +81,7 @@ def test_a_character_of_several_tokens_comes_whole() -> None:
 
 
 def test_an_unfinished_character_comes_at_the_end() -> None:
-    ids = [tokenizer().convert_tokens_to_ids(token) for token in ("x", "Ã")]
-    parts, _ = pieces(ids)
+    parts, _ = pieces(ids_of("x", "Ã"))
     assert parts == ["x", "", "\ufffd"]
 
 
@@ -94,7 +98,5 @@ def test_special_tokens_are_not_text() -> None:
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
-    from petals.protocol.errors import ModelError
-
     with pytest.raises(ModelError, match=r"tokenizer\.json is needed"):
         Detokenizer(object())  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """What the engine promises about sessions, steps and cache; numbers are test_exactness's."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -39,14 +39,14 @@ class Gate:
         self.batches: list[int] = []
         """Rows of each batch that has come to the blocks."""
         self._open = threading.Event()
-        self._run = engine.blocks.run
+        self.run: Callable[[torch.Tensor, Plan, Span], torch.Tensor] = engine.blocks.run
         monkeypatch.setattr(engine.blocks, "run", self._wait_and_run)
 
     def _wait_and_run(self, hidden: torch.Tensor, plan: Plan, span: Span) -> torch.Tensor:
         self.batches.append(plan.rows)
         self.reached.release()
         assert self._open.wait(60)
-        return self._run(hidden, plan, span)
+        return self.run(hidden, plan, span)
 
     def open(self) -> None:
         self._open.set()
@@ -67,13 +67,8 @@ def rows(count: int, *, batch: int = 1, seed: int = 0) -> WireTensor:
 def submit(
     engine: Engine, session_id: bytes, position: int, hidden: WireTensor, **changes: Any
 ) -> Future[WireTensor]:
-    return engine.submit(
-        session_id,
-        **(
-            {"position": position, "hidden": hidden, "wire_dtype": DType.FLOAT32, "span": ALL}
-            | changes
-        ),
-    )
+    arguments = {"wire_dtype": DType.FLOAT32, "span": ALL} | changes
+    return engine.submit(session_id, position=position, hidden=hidden, **arguments)
 
 
 def error_of(future: Future[WireTensor]) -> str:
@@ -222,7 +217,7 @@ def test_output_that_the_wire_dtype_cannot_hold(engine: Engine) -> None:
 def test_only_the_step_that_fails_fails(
     engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = gate._run
+    run = gate.run
 
     def run_unless_poisoned(hidden: torch.Tensor, plan: Plan, span: Span) -> torch.Tensor:
         if (hidden == 1234).any():
@@ -230,7 +225,7 @@ def test_only_the_step_that_fails_fails(
         output = run(hidden, plan, span)
         return torch.where(hidden == 4321, torch.inf, output)
 
-    gate._run = run_unless_poisoned
+    gate.run = run_unless_poisoned
     for name in (b"first", b"good", b"bad", b"infinite"):
         engine.open(name, batch=1, max_tokens=10)
     submit(engine, b"first", 0, rows(1))

@@ -1,6 +1,6 @@
 from petals.protocol.dice import pick
 
-from ..support.announcements import dice
+from support.announcements import dice
 
 
 def test_a_pick_is_fair_and_in_range() -> None:

@@ -20,7 +20,7 @@ from petals.protocol.routing import (
 )
 from petals.protocol.span import Span
 
-from ..support.announcements import announce, dice, peer_id
+from support.announcements import announce, dice, peer_id
 
 MODEL = Span(0, 8)
 

@@ -7,7 +7,7 @@ from petals.protocol.errors import ModelMismatch
 from petals.protocol.span import Span
 from petals.protocol.swarm import Swarm, model_mismatch
 
-from ..support.announcements import MODEL, NOW, announce, peer_id
+from support.announcements import MODEL, NOW, announce, peer_id
 
 OTHER_MODEL = "cd" * 32
 SPAN = Span(0, 4)
