@@ -226,9 +226,15 @@ def connect(
             f"set the environment variable {BOOTSTRAP_VARIABLE}; `petals-node run` starts a swarm "
             "of your own and prints its multiaddr"
         )
-    places = {} if data_dir is None else {"data_dir": Path(data_dir)}
     return Client(
-        NodeConfig(model=model, serve=False, bootstrap=peers, dtype=dtype, device=device, **places)
+        NodeConfig(
+            model=model,
+            serve=False,
+            bootstrap=peers,
+            data_dir=default_data_dir() if data_dir is None else Path(data_dir),
+            dtype=dtype,
+            device=device,
+        )
     )
 
 

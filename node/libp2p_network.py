@@ -11,8 +11,10 @@ call has a deadline; what the library raises becomes ``PeerError`` (the peer) or
 
 import errno
 import logging
+import math
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 _MULTISTREAM = "/multistream/1.0.0"
 _CLOSE_SECONDS = 1.5  # for all connections together, when the network ends
+_INTERFACES_SECONDS = 30.0  # how long the machine's addresses are taken to stay the same
 _SMALL_SEND = 16 * 1024  # buffers up to here are joined: a frame header must not travel alone
 
 
@@ -127,6 +130,9 @@ class Libp2pNetwork:
         self._nursery = nursery
         self._limits = limits
         self._announce = tuple(announce)
+        self._bound: list[Multiaddr] = []
+        self._interfaces: list[Multiaddr] = []
+        self._interfaces_at = -math.inf
         self._traffic = Traffic()
         self._swarm = GuardedSwarm(key_pair_of(identity.private_key), limits.host, self._traffic)
         self._host = GuardedHost(self._swarm, nursery, self._announced, self._identified)
@@ -182,6 +188,9 @@ class Libp2pNetwork:
         All are dialled at once. Our own addresses among them are skipped, so that all nodes can
         have the same list. Raises ConfigError if one cannot be right.
         """
+        return len(await self._join(bootstrap, []))
+
+    async def _join(self, bootstrap: Sequence[str], failures: list[str]) -> set[str]:
         others = [text for text in bootstrap if str(parse_peer_multiaddr(text)[0]) != self.peer_id]
         reached: set[str] = set()
 
@@ -189,7 +198,8 @@ class Libp2pNetwork:
             try:
                 reached.add(await self.connect(address))
             except PeerError as error:
-                logger.warning("%s", error)
+                logger.info("%s", error)
+                failures.append(str(error))
 
         async with trio.open_nursery() as nursery:
             for address in others:
@@ -198,7 +208,16 @@ class Libp2pNetwork:
             await self._host.wait_identified(ID.from_string(peer))
         if reached:
             await self._directory.refresh()
-        return len(reached)
+        return reached
+
+    async def first_join(self, bootstrap: Sequence[str]) -> None:
+        """``join``, and PeerError with the reasons if there are others and none was reached."""
+        failures: list[str] = []
+        if not await self._join(bootstrap, failures) and failures:
+            raise PeerError(
+                "no bootstrap peer could be reached: " + "; ".join(failures),
+                code=ErrorCode.UNREACHABLE,
+            )
 
     def connected_peers(self) -> tuple[str, ...]:
         """The peers that we have a live connection to."""
@@ -281,7 +300,14 @@ class Libp2pNetwork:
         await self._directory.met(peer)
 
     def _announced(self, bound: list[Multiaddr]) -> list[Multiaddr]:
-        return list(self._announce) or announced_addresses(bound)
+        if self._announce:
+            return list(self._announce)
+        # The library asks with every message of the directory; interfaces change by the hour.
+        now = time.monotonic()
+        if bound != self._bound or now - self._interfaces_at > _INTERFACES_SECONDS:
+            self._bound, self._interfaces_at = bound, now
+            self._interfaces = announced_addresses(bound)
+        return list(self._interfaces)
 
     def _unreachable(self, peer: ID, error: Exception) -> PeerError:
         late = f"no answer within {self._limits.host.open_seconds:g} s"
@@ -344,7 +370,8 @@ async def open_network(
     """
     listen_addresses = [_parse_listen(text) for text in listen]
     announced = [_parse_multiaddr(text, "announce") for text in announce]
-    others = [text for text in bootstrap if str(parse_peer_multiaddr(text)[0]) != identity.peer_id]
+    for text in bootstrap:  # what cannot be right is said before anything is opened
+        parse_peer_multiaddr(text)
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         network = Libp2pNetwork(
@@ -360,11 +387,7 @@ async def open_network(
         try:
             async with network.running(listen_addresses):
                 try:
-                    if others and not await network.join(others):
-                        raise PeerError(
-                            "no bootstrap peer could be reached, of: " + ", ".join(others),
-                            code=ErrorCode.UNREACHABLE,
-                        )
+                    await network.first_join(bootstrap)
                     yield network
                 except Exception as error:  # noqa: BLE001 - raised again below
                     failure = error

@@ -52,7 +52,7 @@ class MembershipSettings:
     """Between two readings of what others announced, give or take a tenth."""
     first_retry: float = 1.0
     """Before the next try when nobody took an announcement; doubles up to the interval."""
-    shortest_interval: float = 1.0
+    shortest_interval: float = 5.0
     """Between two announcements, however often something changes."""
     timeout: float = 10.0
     """For one key of the directory. A frozen peer can hold an operation up for 20 s."""

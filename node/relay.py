@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError
 import trio
 
 from ..inference.engine import Engine
+from ..protocol.checks import Peer
 from ..protocol.codec import max_rows
 from ..protocol.errors import (
     CacheFull,
@@ -30,7 +31,6 @@ from ..protocol.frames import (
     Hello,
     Link,
     Open,
-    Peer,
     Probe,
     Ready,
     Refused,
@@ -265,7 +265,9 @@ class Relay:
                 )
             except (PetalsError, CancelledError) as error:
                 logger.warning("session of %s failed: %s", session.control.peer_id, error)
-                session.end(failed(ErrorCode.COMPUTE, str(error)))
+                # what cannot be computed because of its input is the fault of whoever sent it
+                blamed = session.hop.predecessor if isinstance(error, RemoteProtocolError) else None
+                session.end(failed(ErrorCode.COMPUTE, str(error), blamed))
                 return
             session.steps.popleft()
             session.receive(Computed(step, hidden))

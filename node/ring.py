@@ -34,7 +34,7 @@ from ..protocol.chain import (
     SessionTerms,
     Ticked,
 )
-from ..protocol.checks import SESSION_ID_BYTES
+from ..protocol.checks import SESSION_ID_BYTES, Peer
 from ..protocol.codec import max_rows
 from ..protocol.errors import ConfigError, ErrorCode, NoRoute, PeerError, RemoteProtocolError
 from ..protocol.frames import (
@@ -45,7 +45,6 @@ from ..protocol.frames import (
     Hello,
     Link,
     Output,
-    Peer,
     Probe,
     Ready,
     Refused,
@@ -185,12 +184,6 @@ class Ring:
         self._delivered.clear()
         return outputs
 
-    async def wait_open(self) -> None:
-        """Return once every hop has said ready. Raises NoRoute."""
-        while self._chain.state is not ChainState.RUNNING:
-            self._raise_error()
-            await self._changed.wait()
-
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
@@ -218,7 +211,8 @@ class Ring:
     def _start_hop(self, effect: OpenHop) -> None:
         peer_id = effect.peer.peer_id
         self._hop_scopes[peer_id] = scope = trio.CancelScope()
-        self._outboxes[peer_id] = outbox = collections.deque([effect.frame])
+        outbox: collections.deque[Frame] = collections.deque([effect.frame])
+        self._outboxes[peer_id] = outbox
         self._nursery.start_soon(self._run_hop, effect.peer, outbox, scope)
 
     def _drop_hop(self, effect: DropHop) -> None:

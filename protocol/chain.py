@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
 
+from .checks import Peer
 from .errors import LocalProtocolError, RemoteProtocolError
-from .frames import Open, Output, Peer, Relink, Resume, State
+from .frames import Open, Output, Relink, Resume, State
 from .link import Due, LinkSender
 from .log import RewindHistory
 from .span import Span, gaps

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, ClassVar
 
+from .checks import Peer
 from .errors import ErrorCode, RemoteProtocolError
-from .frames import Open, Output, Peer, Probe, Relink, Resume, State, Step
+from .frames import Open, Output, Probe, Relink, Resume, State, Step
 from .link import LinkReceiver, LinkSender, Verdict
 from .log import OutputLog, RewindHistory
 from .tensor import WireTensor

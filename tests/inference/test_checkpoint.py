@@ -112,7 +112,7 @@ def test_only_the_shards_of_the_span_are_opened(tmp_path: Path) -> None:
 
 
 def test_a_stored_16_bit_model_in_fp32_and_back(tmp_path: Path) -> None:
-    save_bloom(tmp_path, tiny_bloom().to(torch.bfloat16))
+    save_bloom(tmp_path, tiny_bloom().bfloat16())
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.dtype == torch.bfloat16
     assert checkpoint.load_blocks(Span(0, 1), "auto", "cpu").dtype == torch.float32

@@ -67,7 +67,7 @@ def rows(count: int, *, batch: int = 1, seed: int = 0) -> WireTensor:
 def submit(
     engine: Engine, session_id: bytes, position: int, hidden: WireTensor, **changes: Any
 ) -> Future[WireTensor]:
-    arguments = {"wire_dtype": DType.FLOAT32, "span": ALL} | changes
+    arguments: dict[str, Any] = {"wire_dtype": DType.FLOAT32, "span": ALL} | changes
     return engine.submit(session_id, position=position, hidden=hidden, **arguments)
 
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from petals.node.identity import Identity, load_identity, new_identity
 from petals.protocol.errors import ConfigError
 
-as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+unless_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 
 
 def test_peer_id_of_a_known_key() -> None:
@@ -78,14 +78,20 @@ def test_a_file_where_its_folder_should_be(tmp_path: Path) -> None:
         load_identity(tmp_path / "file" / "identity.pem")
 
 
-@as_root
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files")
+def test_a_place_where_nothing_can_be_made() -> None:
+    with pytest.raises(ConfigError, match="cannot write the identity file /proc/nowhere/key"):
+        load_identity(Path("/proc/nowhere/key"))
+
+
+@unless_root
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigError, match="Permission denied"):
         load_identity(tmp_path / "identity.pem")
 
 
-@as_root
+@unless_root
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "identity.pem"
     load_identity(path)

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 import trio
+from libp2p import new_host
+from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import info_from_p2p_addr
+from libp2p.peer.peerstore import PeerStore
 from multiaddr import Multiaddr
 from petals.node.identity import new_identity
 from petals.node.libp2p_directory import DirectoryLimits, pack_record, unpack_record
@@ -332,6 +336,39 @@ async def test_peers_are_found_through_the_directory(world: Libp2pWorld) -> None
         await client.get(KEY)
         stream = await client.open_stream(second.peer_id, [], ECHO)
         await stream.close()
+
+
+async def test_knowing_too_many_peers_forgets_neither_the_own_key_nor_more(
+    world: Libp2pWorld,
+) -> None:
+    """The library's peer store drops its owner's key first."""
+    async with world.network() as first, world.network(bootstrap=first.multiaddrs) as second:
+        store = first._swarm.peerstore
+        assert isinstance(store, PeerStore)
+        store.max_peers = 5
+        for _ in range(10):
+            store.add_addrs(ID.from_string(new_identity().peer_id), [Multiaddr(LOOPBACK)], 60)
+        assert len(store.peer_data_map) == 6
+        assert store.privkey(ID.from_string(first.peer_id)) is not None
+        assert await second.put(KEY, b"a 1 %f" % (world.clock.now + 60)) == 1
+
+
+async def test_a_host_of_the_library_as_it_comes_can_talk_to_us(world: Libp2pWorld) -> None:
+    async with world.network() as server:
+        server.handle(ECHO, echo)
+        stock = new_host(listen_addrs=[Multiaddr(LOOPBACK)])
+        async with stock.run([Multiaddr(LOOPBACK)]):
+            await stock.connect(info_from_p2p_addr(Multiaddr(server.multiaddrs[0])))
+            stream = await stock.new_stream(ID.from_string(server.peer_id), [TProtocol(ECHO)])
+            message = os.urandom(200_000)
+            await stream.write(message)
+            received = b""
+            while len(received) < len(message):
+                received += await stream.read(len(message) - len(received))
+            assert received == message
+            await stream.close()
+            assert server.connected_peers() == (str(stock.get_id()),)
+        await stock.close()
 
 
 async def test_peer_ids_are_those_of_libp2p() -> None:

@@ -47,7 +47,9 @@ async def test_what_is_sent_arrives_in_order_and_each_knows_the_other(world: Wor
         server.handle(ECHO, serve)
         stream = await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
         large = bytes(range(256)) * 400
-        await stream.send([b"head", memoryview(large)[1:], b"", b"tail", memoryview(bytearray(b"!"))])
+        await stream.send(
+            [b"head", memoryview(large)[1:], b"", b"tail", memoryview(bytearray(b"!"))]
+        )
         expected = b"head" + large[1:] + b"tail!"
         assert await receive_exactly(stream, len(expected)) == expected
         assert stream.peer_id == server.peer_id
