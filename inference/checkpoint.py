@@ -21,7 +21,7 @@ from .cache import CacheShape
 from .device import resolve_device, resolve_dtype
 from .families import Dimensions, Family, find_family
 from .fingerprint import compute_fingerprint
-from .hub import FolderSource, Source, open_source
+from .hub import Source, open_source
 from .linear import swap_linears
 from .model import Blocks, Ends
 from .weights import Weights, open_weights, read_json
@@ -158,12 +158,11 @@ class Checkpoint:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's (fast) tokenizer."""
-        where = self._source.folder if isinstance(self._source, FolderSource) else self.name
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                where,
+                self._source.location,
                 cache_dir=self._cache_dir,
-                local_files_only=isinstance(self._source, FolderSource),
+                local_files_only=self._source.local_only,
             )
         # transformers, tokenizers and the hub raise errors of many classes here.
         except Exception as error:

@@ -25,6 +25,14 @@ class Source(Protocol):
     name: str
     """What the user called the model."""
 
+    @property
+    def location(self) -> str:
+        """What transformers' ``from_pretrained`` takes for it."""
+
+    @property
+    def local_only(self) -> bool:
+        """Whether nothing can or need be downloaded."""
+
     def find(self, filename: str) -> Path | None:
         """The local path of a file of the model, fetched if need be; None if it has none such."""
 
@@ -37,6 +45,8 @@ class FolderSource:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
+        self.location = str(folder)
+        self.local_only = True
         self.folder = folder
 
     def find(self, filename: str) -> Path | None:
@@ -54,8 +64,14 @@ class HubSource:
 
     def __init__(self, name: str, cache_dir: Path | None) -> None:
         self.name = name
+        self.location = name
         self._cache_dir = cache_dir
         self._unreachable = _why_unreachable(name)
+
+    @property
+    def local_only(self) -> bool:
+        """See ``Source``."""
+        return self._unreachable is not None
 
     def find(self, filename: str) -> Path | None:
         """See ``Source``. Without the hub, only the cache is looked at."""
@@ -65,7 +81,7 @@ class HubSource:
                     self.name,
                     filename,
                     cache_dir=self._cache_dir,
-                    local_files_only=self._unreachable is not None,
+                    local_files_only=self.local_only,
                 )
             )
         except errors.LocalEntryNotFoundError as error:

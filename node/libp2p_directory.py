@@ -34,7 +34,7 @@ from libp2p.utils import encode_varint_prefixed
 from multiaddr import Multiaddr
 
 from ..protocol.errors import LocalProtocolError, PeerError, RemoteProtocolError
-from .libp2p_yamux import YamuxStream
+from .libp2p_yamux_stream import YamuxStream
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 Each class here is the library's with one or two methods overridden; the docstring of each override
 says what went wrong without it. The versions that were measured are named in ``pyproject.toml``;
-``tests/node/test_libp2p_guards.py`` shows that the guards still hold when that changes.
+``tests/node/test_libp2p_network.py`` shows that the guards still hold when that changes.
 """
 
 import logging
@@ -37,7 +37,8 @@ from multiaddr import Multiaddr
 
 from ..protocol.errors import PetalsError
 from .libp2p_yamux import PROTOCOL_ID as YAMUX
-from .libp2p_yamux import Traffic, YamuxConnection, YamuxLimits, YamuxStream
+from .libp2p_yamux import Traffic, YamuxConnection
+from .libp2p_yamux_stream import YamuxLimits, YamuxStream
 
 logger = logging.getLogger(__name__)
 

@@ -1,26 +1,22 @@
 """The network ports on py-libp2p: TCP, Noise, Yamux, Kademlia; nothing else of it is used.
 
-This file and its three neighbours ``libp2p_*.py`` are the only ones that import libp2p (which takes
-more than a second: import them late). ``libp2p_yamux`` carries streams, ``libp2p_guards`` holds the
-library's host in bounds, ``libp2p_directory`` keeps the announcements; here is what the node sees.
+This file and its neighbours ``libp2p_*.py`` are the only ones that import libp2p (which takes more
+than a second: import them late). ``libp2p_yamux`` carries streams, ``libp2p_guards`` holds the
+library's host in bounds, ``libp2p_directory`` keeps the announcements, ``libp2p_addresses`` reads
+and writes addresses; here is what the node sees.
 
 Rules of this file: everything runs in the one nursery of ``open_network`` and ends with it; every
 call has a deadline; what the library raises becomes ``PeerError`` (the peer) or ``ConfigError``
 (the user) here, in words.
 """
 
-import errno
 import logging
 import math
-import os
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 
-import psutil
 import trio
 from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
@@ -36,17 +32,25 @@ from multiaddr import Multiaddr
 
 from ..protocol.errors import ConfigError, ErrorCode, PeerError
 from .identity import Identity
+from .libp2p_addresses import (
+    announced_addresses,
+    bind,
+    parse_listen_multiaddr,
+    parse_multiaddr,
+    parse_peer_multiaddr,
+    readable_multiaddr,
+)
 from .libp2p_directory import DirectoryLimits, Libp2pDirectory, MergeEntries
 from .libp2p_guards import (
     DialError,
     GuardedHost,
     GuardedSwarm,
     HostLimits,
-    Listener,
     key_pair_of,
     yamux_stream_of,
 )
-from .libp2p_yamux import Traffic, YamuxStream
+from .libp2p_yamux import Traffic
+from .libp2p_yamux_stream import YamuxStream
 from .network import NetworkStatistics, Stream, StreamHandler
 
 logger = logging.getLogger(__name__)
@@ -166,7 +170,9 @@ class Libp2pNetwork:
     async def open_stream(self, peer_id: str, multiaddrs: Sequence[str], protocol: str) -> Stream:
         """Open a stream, dialling if need be. Raises PeerError within the limits' deadline."""
         peer = self._parse_peer(peer_id)
-        addresses = [address for text in multiaddrs if (address := _readable(text)) is not None]
+        addresses = [
+            address for text in multiaddrs if (address := readable_multiaddr(text)) is not None
+        ]
         return Libp2pStream(await self._open(peer, addresses, TProtocol(protocol)))
 
     async def connect(self, multiaddr: str) -> str:
@@ -283,7 +289,7 @@ class Libp2pNetwork:
             )
             answers = (await communicator.read(), await communicator.read())
             agreed = answers == (_MULTISTREAM, protocol)
-        except (IOException, MultiselectCommunicatorError, UnicodeDecodeError) as error:
+        except (IOException, MultiselectCommunicatorError, ValueError) as error:
             raise MuxedStreamError(f"it answers nonsense ({error})") from error
         finally:
             if not agreed:
@@ -325,7 +331,7 @@ class Libp2pNetwork:
     @asynccontextmanager
     async def running(self, listen: Sequence[Multiaddr]) -> AsyncIterator[None]:
         """Listen and serve; ``open_network`` calls it."""
-        listeners = await _bind(listen)
+        listeners = await bind(listen)
         try:
             async with background_trio_service(self._swarm):
                 for address, listener in zip(listen, listeners, strict=True):
@@ -364,12 +370,11 @@ async def open_network(
 
     With nothing to listen on it is a client: it dials, but holds nothing for others. ``clock`` is
     the wall clock in unix seconds, which entries expire by. ``announce`` replaces the addresses
-    that others are told (for a forwarded port, say). Raises ConfigError for
-    an address that cannot be right or cannot be bound, PeerError if ``bootstrap`` names others and
-    none of them can be reached.
+    that others are told (for a forwarded port, say). Raises ConfigError for an address that cannot
+    be right or cannot be bound, PeerError if ``bootstrap`` names others and none can be reached.
     """
-    listen_addresses = [_parse_listen(text) for text in listen]
-    announced = [_parse_multiaddr(text, "announce") for text in announce]
+    listen_addresses = [parse_listen_multiaddr(text) for text in listen]
+    announced = [parse_multiaddr(text, "announce") for text in announce]
     for text in bootstrap:  # what cannot be right is said before anything is opened
         parse_peer_multiaddr(text)
     failure: Exception | None = None
@@ -396,102 +401,6 @@ async def open_network(
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-
-
-def parse_peer_multiaddr(text: str) -> tuple[ID, Multiaddr]:
-    """The peer id and the address of ``/ip4/…/tcp/…/p2p/<peer id>``; ConfigError otherwise."""
-    address = _parse_multiaddr(text, "bootstrap")
-    peer_id = address.get_peer_id()
-    if not peer_id:
-        raise ConfigError(
-            f"{text!r} does not say which peer is there: a bootstrap address ends in "
-            "/p2p/<peer id>, as the peer prints it when it starts"
-        )
-    return ID.from_string(peer_id), address
-
-
-def announced_addresses(bound: Sequence[Multiaddr]) -> list[Multiaddr]:
-    """What to tell others for the addresses that our sockets are bound to.
-
-    A wildcard stands for the machine's real interfaces (loopback only if there is nothing else):
-    announced literally, it would make others dial themselves.
-    """
-    addresses: dict[Multiaddr, None] = {}
-    for address in bound:
-        family = "ip4" if _value(address, "ip4") else "ip6"
-        if ip_address(_value(address, family) or "").is_unspecified:
-            for host in _interface_hosts(family):
-                addresses[Multiaddr(f"/{family}/{host}/tcp/{_value(address, 'tcp')}")] = None
-        else:
-            addresses[address] = None
-    return list(addresses)
-
-
-def _interface_hosts(family: str) -> list[str]:
-    wanted = socket.AF_INET if family == "ip4" else socket.AF_INET6
-    hosts = [
-        ip_address(address.address.partition("%")[0])
-        for addresses in psutil.net_if_addrs().values()
-        for address in addresses
-        if address.family == wanted
-    ]
-    real = [host for host in hosts if not host.is_loopback and not host.is_link_local]
-    return [str(host) for host in (real or [host for host in hosts if host.is_loopback])]
-
-
-async def _bind(addresses: Sequence[Multiaddr]) -> list[Listener]:
-    listeners: list[Listener] = []
-    try:
-        for address in addresses:
-            host = _value(address, "ip4") or _value(address, "ip6")
-            port = int(_value(address, "tcp") or 0)
-            listeners.append(Listener(await trio.open_tcp_listeners(port, host=host)))
-    except OSError as error:
-        for listener in listeners:
-            await listener.close()
-        advice = {
-            errno.EADDRINUSE: "stop what listens there, or choose another port (/tcp/0 lets the "
-            "system choose)",
-            errno.EACCES: "choose a port above 1023",
-            errno.EADDRNOTAVAIL: "choose an address of this machine, or /ip4/0.0.0.0 for all",
-        }.get(error.errno or 0, "choose another address")
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ConfigError(f"cannot listen on {address}: {reason.lower()}; {advice}") from error
-    return listeners
-
-
-def _parse_listen(text: str) -> Multiaddr:
-    address = _parse_multiaddr(text, "listen")
-    if [protocol.name for protocol in address.protocols()] not in (["ip4", "tcp"], ["ip6", "tcp"]):
-        raise ConfigError(
-            f"cannot listen on {text!r}: write /ip4/<address>/tcp/<port> or "
-            "/ip6/<address>/tcp/<port>, such as /ip4/0.0.0.0/tcp/0"
-        )
-    return address
-
-
-def _parse_multiaddr(text: str, what: str) -> Multiaddr:
-    try:
-        return Multiaddr(text)
-    except Exception as error:
-        raise ConfigError(
-            f"the {what} address {text!r} is not a multiaddr ({error}); write it as "
-            "/ip4/<address>/tcp/<port>" + ("/p2p/<peer id>" if what == "bootstrap" else "")
-        ) from error
-
-
-def _readable(text: str) -> Multiaddr | None:
-    """An address that a peer announced, or None if it makes no sense: others of it may."""
-    try:
-        return Multiaddr(text)
-    except Exception as error:  # noqa: BLE001 - the parser raises a dozen kinds
-        logger.debug("an address that cannot be read: %r", error)
-        return None
-
-
-def _value(address: Multiaddr, protocol: str) -> str | None:
-    names = [part.name for part in address.protocols()]
-    return address.value_for_protocol(protocol) if protocol in names else None
 
 
 def _joined(buffers: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:

@@ -15,67 +15,39 @@ Rules of this file:
 """
 
 import logging
-import struct
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import trio
-from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.abc import IMuxedConn, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.peer.id import ID
-from libp2p.stream_muxer.exceptions import (
-    MuxedConnUnavailable,
-    MuxedStreamClosed,
-    MuxedStreamEOF,
-    MuxedStreamError,
-    MuxedStreamReset,
-)
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 from multiaddr import Multiaddr
+
+from .libp2p_yamux_stream import (
+    ACK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    HEADER,
+    MESSAGE_BYTES,
+    PING,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    PeerMisbehaved,
+    YamuxLimits,
+    YamuxStream,
+)
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL_ID = "/yamux/1.0.0"
 
-_HEADER = struct.Struct("!BBHII")
-_DATA, _WINDOW_UPDATE, _PING, _GO_AWAY = range(4)
-_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
-_INITIAL_WINDOW = 256 * 1024  # fixed by the protocol
-
-# The plaintext of the largest Noise message. A frame that fits into one is sent and received as
-# one; the library's 64 KiB frames need two, which costs a third of the throughput.
-_MESSAGE_BYTES = 65535 - 16
-_MAX_PAYLOAD = _MESSAGE_BYTES - _HEADER.size
-
-_SMALL_CHUNK = 2048  # received pieces are joined up to here: one-byte frames must not cost 50 each
 _QUEUED_DATA_FRAMES = 8  # half a MiB: enough to keep the writer busy, little for others to wait for
 _QUEUED_FRAMES = 4096  # all kinds; only a peer that provokes replies and reads none gets there
 _FLUSH_SECONDS = 0.5  # what an orderly close waits for queued frames to leave
-
-
-@dataclass(frozen=True)
-class YamuxLimits:
-    """What a connection may cost, and how long its ends are waited for."""
-
-    streams: int = 256
-    """Open streams of each direction; the peer's further ones are refused, ours fail at once."""
-    window: int = 4 * 1024 * 1024
-    """Bytes a stream may have in flight to us once its reader has proved to read."""
-    window_budget: int = 64 * 1024 * 1024
-    """By how much all windows of a connection together may exceed their initial 256 KiB."""
-    unread_bytes: int = 512 * 1024 * 1024
-    """Received and not read yet, over all connections of the host. Beyond it the connection that
-    holds most is closed: well-behaved swarms stay far below."""
-    ping_seconds: float = 6.0
-    """Pause between keep-alive pings."""
-    missed_pings: int = 3
-    """Silent pauses after which the peer counts as gone. Counted in turns of our own loop, not in
-    seconds: a process that was starved or suspended itself drops nobody. (9 s dropped live peers
-    on a starved machine; 18 s did not.)"""
-    stalled_seconds: float = 600.0
-    """How long a writer waits for a reader that does not read."""
-    linger_seconds: float = 30.0
-    """How long a stream that we have closed waits for the peer to close it, too."""
 
 
 @dataclass
@@ -86,227 +58,6 @@ class Traffic:
     received: Counter[str] = field(default_factory=Counter)
     unread: "Counter[YamuxConnection]" = field(default_factory=Counter)
     """Bytes that were received and that nobody has read yet, by connection."""
-
-
-class _PeerMisbehaved(Exception):
-    """The peer broke the protocol or a limit; the message says which."""
-
-
-class YamuxStream(IMuxedStream):
-    """One stream. The library uses ``read``, ``write``, ``close``; we also use ``receive``."""
-
-    muxed_conn: "YamuxConnection"
-
-    def __init__(self, connection: "YamuxConnection", stream_id: int) -> None:
-        self.muxed_conn = connection
-        self.stream_id = stream_id
-        self.protocol = "negotiation"
-        """For the statistics; whoever negotiates it writes it here."""
-        self._chunks: deque[bytes] = deque()
-        self._window = _INITIAL_WINDOW  # its full size
-        self._receivable = _INITIAL_WINDOW  # what of it the peer may still use
-        self._consumed = 0  # what our reader has taken since the last window update
-        self._sendable = _INITIAL_WINDOW  # what we may still send
-        self._news = trio.Event()  # set when a waiting reader or writer should look again
-        self._reset = ""  # why, once the stream is broken
-        self._peer_done = False  # the peer has closed its side in an orderly way
-        self._local_closed = False
-        self._abandoned_at: float | None = None  # since when nobody here reads any more
-
-    def __repr__(self) -> str:
-        state = self._reset or ("closed" if self._local_closed else "open")
-        return f"<YamuxStream {self.stream_id} {self.protocol} {state}>"
-
-    # What callers do
-
-    async def receive(self, max_bytes: int | None = None) -> bytes:
-        """The next bytes, or b"" when the peer has closed its side."""
-        while not self._chunks:
-            if self._abandoned_at is not None:
-                raise MuxedStreamClosed("the stream is closed")
-            if self._peer_done:
-                await trio.lowlevel.checkpoint()
-                return b""
-            if self._reset:
-                raise MuxedStreamReset(self._reset)
-            await self._wait_for_news()
-        await trio.lowlevel.checkpoint()
-        if not self._chunks:  # reset, or read by somebody else, meanwhile
-            return await self.receive(max_bytes)
-        chunk = self._chunks.popleft()
-        if max_bytes is not None and len(chunk) > max_bytes:
-            self._chunks.appendleft(chunk[max_bytes:])
-            chunk = chunk[:max_bytes]
-        self._consumed += len(chunk)
-        self.muxed_conn.unread(-len(chunk))
-        if self._consumed * 2 >= self._window and not self._peer_done and not self._reset:
-            self._grant()
-        return chunk
-
-    async def read(self, n: int | None = -1) -> bytes:
-        """As the library wants it: at most ``n`` bytes, MuxedStreamEOF at the end."""
-        if n == 0:
-            return b""
-        data = await self.receive(None if n is None or n < 0 else n)
-        if not data:
-            raise MuxedStreamEOF("the peer has closed the stream")
-        return data
-
-    async def write(self, data: bytes | memoryview) -> None:
-        """Queue ``data`` behind what is queued; waits for the peer's window and for our queue."""
-        view = memoryview(data).cast("B")
-        connection = self.muxed_conn
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while view:
-            self._check_sendable()
-            if self._sendable == 0:
-                with trio.move_on_after(connection.limits.stalled_seconds) as scope:
-                    await self._wait_for_news()
-                if scope.cancelled_caught:
-                    self.reset_now("the peer does not read what we send")
-                continue
-            await connection.data_slots.acquire()
-            size = min(len(view), self._sendable, _MAX_PAYLOAD)
-            if self._reset or self._local_closed or size == 0:
-                connection.data_slots.release()
-                continue
-            self._sendable -= size
-            connection.queue_data(self, view[:size])
-            view = view[size:]
-
-    async def close(self) -> None:
-        """Close both directions; what still arrives is answered with a reset."""
-        self.close_now()
-        await trio.lowlevel.checkpoint()
-
-    async def close_write(self) -> None:
-        """Tell the peer that no more comes, and go on reading."""
-        self._send_fin()
-        await trio.lowlevel.checkpoint()
-
-    async def reset(self) -> None:
-        """Break both directions at once."""
-        self.reset_now("reset by us")
-        await trio.lowlevel.checkpoint()
-
-    def close_now(self) -> None:
-        """``close`` without a checkpoint, for cleaning up while being cancelled."""
-        self._send_fin()
-        if self._abandoned_at is not None:
-            return
-        unread, self._abandoned_at = sum(map(len, self._chunks)), trio.current_time()
-        self._chunks.clear()
-        self.muxed_conn.unread(-unread)
-        self._news.set()
-        if unread and not self._peer_done and not self._reset:
-            self._refuse_rest()
-
-    def reset_now(self, reason: str) -> None:
-        """``reset`` without a checkpoint, for cleaning up while being cancelled."""
-        if self._reset or (self._local_closed and self._peer_done):
-            return
-        self.muxed_conn.queue_control(_WINDOW_UPDATE, _RST, self.stream_id)
-        self.broken(reason)
-
-    def set_deadline(self, ttl: int) -> None:
-        """Not supported: callers use trio's cancel scopes."""
-        raise NotImplementedError("use a trio cancel scope")
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        """The peer's address, as the socket has it."""
-        return self.muxed_conn.get_remote_address()
-
-    async def __aenter__(self) -> "YamuxStream":
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_val: BaseException | None,
-        exc_tb: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    # What the connection's reader does, never awaiting
-
-    def peer_sent(self, payload: bytes) -> None:
-        """Take in payload that arrived."""
-        self._receivable -= len(payload)
-        if self._receivable < 0:
-            raise _PeerMisbehaved(f"stream {self.stream_id} overran its receive window")
-        if self._abandoned_at is not None:
-            self._refuse_rest()
-        elif not self._reset:
-            if self._chunks and len(self._chunks[-1]) + len(payload) <= _SMALL_CHUNK:
-                self._chunks[-1] += payload
-            else:
-                self._chunks.append(payload)
-            self.muxed_conn.unread(len(payload))
-            self._news.set()
-
-    def peer_granted(self, increment: int) -> None:
-        """The peer has room for more."""
-        self._sendable += increment
-        self._news.set()
-
-    def peer_closed(self) -> None:
-        """The peer sends no more."""
-        self._peer_done = True
-        if self._local_closed:
-            self.muxed_conn.forget(self)
-        self._news.set()
-
-    def broken(self, reason: str) -> None:
-        """The stream or its connection is gone; what has arrived can still be read."""
-        if not self._reset:
-            self._reset = reason
-            self._local_closed = True
-            self.muxed_conn.forget(self)
-        self._news.set()
-
-    def sweep(self, now: float) -> None:
-        """Reset a stream that we closed long ago and the peer never did."""
-        if self._abandoned_at is None:
-            return
-        if now - self._abandoned_at > self.muxed_conn.limits.linger_seconds:
-            self.reset_now("the peer did not close the stream")
-
-    # Inner workings
-
-    async def _wait_for_news(self) -> None:
-        if self._news.is_set():
-            self._news = trio.Event()
-        await self._news.wait()
-
-    def _check_sendable(self) -> None:
-        if self._reset:
-            raise MuxedStreamReset(self._reset)
-        if self._local_closed:
-            raise MuxedStreamClosed("the stream is closed for sending")
-
-    def _send_fin(self) -> None:
-        if not self._local_closed:
-            self._local_closed = True
-            self.muxed_conn.queue_control(_WINDOW_UPDATE, _FIN, self.stream_id)
-            if self._peer_done:
-                self.muxed_conn.forget(self)
-            self._news.set()
-
-    def _refuse_rest(self) -> None:
-        self.muxed_conn.queue_control(_WINDOW_UPDATE, _RST, self.stream_id)
-        self.broken("closed while the peer was still sending")
-
-    def _grant(self) -> None:
-        growth = self.muxed_conn.grow_window(self._window)
-        self._window += growth
-        increment, self._consumed = self._consumed + growth, 0
-        self._receivable += increment
-        self.muxed_conn.queue_urgent(_WINDOW_UPDATE, 0, self.stream_id, increment)
-
-    @property
-    def extra_window(self) -> int:
-        """By how much the window exceeds its initial size."""
-        return self._window - _INITIAL_WINDOW
 
 
 class YamuxConnection(IMuxedConn):
@@ -391,7 +142,7 @@ class YamuxConnection(IMuxedConn):
         stream = YamuxStream(self, self._next_stream_id)
         self._next_stream_id += 2
         self.streams[stream.stream_id] = stream
-        self.queue_control(_WINDOW_UPDATE, _SYN, stream.stream_id)
+        self.queue_control(WINDOW_UPDATE, SYN, stream.stream_id)
         return stream
 
     async def accept_stream(self) -> YamuxStream:
@@ -417,7 +168,7 @@ class YamuxConnection(IMuxedConn):
         """Let queued frames leave, then close."""
         if not self._closing and not self.is_closed:
             self._closing = True
-            self.queue_urgent(_GO_AWAY, 0, 0, 0)
+            self.queue_urgent(GO_AWAY, 0, 0, 0)
         try:
             if self.event_started.is_set():
                 with trio.move_on_after(_FLUSH_SECONDS):
@@ -431,7 +182,7 @@ class YamuxConnection(IMuxedConn):
 
     def queue_data(self, stream: YamuxStream, payload: memoryview) -> None:
         """Queue a frame of data, for which the caller holds a slot."""
-        header = _HEADER.pack(0, _DATA, 0, stream.stream_id, len(payload))
+        header = HEADER.pack(0, DATA, 0, stream.stream_id, len(payload))
         # The one copy: the caller may reuse its memory as soon as we return.
         self._ordered.append((b"".join((header, payload)), True))
         self.traffic.sent[stream.protocol] += len(payload)
@@ -440,12 +191,12 @@ class YamuxConnection(IMuxedConn):
     def queue_control(self, kind: int, flags: int, stream_id: int) -> None:
         """Queue a frame that must stay behind the data queued before it."""
         if self._may_queue():
-            self._ordered.append((_HEADER.pack(0, kind, flags, stream_id, 0), False))
+            self._ordered.append((HEADER.pack(0, kind, flags, stream_id, 0), False))
 
     def queue_urgent(self, kind: int, flags: int, stream_id: int, value: int) -> None:
         """Queue a frame that may overtake data."""
         if self._may_queue():
-            self._urgent.append(_HEADER.pack(0, kind, flags, stream_id, value))
+            self._urgent.append(HEADER.pack(0, kind, flags, stream_id, value))
 
     def unread(self, change: int) -> None:
         """Keep count of what waits to be read."""
@@ -481,7 +232,7 @@ class YamuxConnection(IMuxedConn):
                 self._heard += 1
                 self._take_in(data)
             self._stop("the peer closed the connection")
-        except _PeerMisbehaved as error:
+        except PeerMisbehaved as error:
             logger.warning("closing the connection to %s: %s", self.peer_id, error)
             self._stop(f"the peer broke the protocol: {error}")
         except Exception as error:  # noqa: BLE001 - whatever it is, this connection is lost
@@ -506,7 +257,7 @@ class YamuxConnection(IMuxedConn):
             heard = self._heard
             self._next_ping = (self._next_ping + 1) % 2**32
             self._pings[self._next_ping] = trio.current_time()
-            self.queue_urgent(_PING, _SYN, 0, self._next_ping)
+            self.queue_urgent(PING, SYN, 0, self._next_ping)
             await trio.sleep(self.limits.ping_seconds)
             silent = silent + 1 if heard == self._heard else 0
             if silent == 0:
@@ -551,10 +302,10 @@ class YamuxConnection(IMuxedConn):
         """As many queued frames as fit into one Noise message."""
         frames: list[bytes] = []
         size = 0
-        while self._urgent and size + _HEADER.size <= _MESSAGE_BYTES:
+        while self._urgent and size + HEADER.size <= MESSAGE_BYTES:
             frames.append(self._urgent.popleft())
-            size += _HEADER.size
-        while self._ordered and size + len(self._ordered[0][0]) <= _MESSAGE_BYTES:
+            size += HEADER.size
+        while self._ordered and size + len(self._ordered[0][0]) <= MESSAGE_BYTES:
             frame, holds_slot = self._ordered.popleft()
             frames.append(frame)
             size += len(frame)
@@ -579,37 +330,37 @@ class YamuxConnection(IMuxedConn):
                 if self._body_left == 0:
                     self._apply_end_flags(self._body_of, self._body_flags)
                 continue
-            if len(data) - position < _HEADER.size:
+            if len(data) - position < HEADER.size:
                 break
-            header = _HEADER.unpack_from(data, position)
-            position += _HEADER.size
+            header = HEADER.unpack_from(data, position)
+            position += HEADER.size
             self._take_header(*header)
         self._unparsed = data[position:]
 
     def _take_header(
         self, version: int, kind: int, flags: int, stream_id: int, length: int
     ) -> None:
-        if version != 0 or kind > _GO_AWAY:
-            raise _PeerMisbehaved(f"a frame of version {version}, type {kind}")
-        if kind == _PING:
-            if flags & _SYN:
-                self.queue_urgent(_PING, _ACK, 0, length)
+        if version != 0 or kind > GO_AWAY:
+            raise PeerMisbehaved(f"a frame of version {version}, type {kind}")
+        if kind == PING:
+            if flags & SYN:
+                self.queue_urgent(PING, ACK, 0, length)
             elif sent := self._pings.pop(length, None):
                 measured = trio.current_time() - sent
                 old = measured if self.round_trip is None else self.round_trip
                 self.round_trip = 0.75 * old + 0.25 * measured
             return
-        if kind == _GO_AWAY:
+        if kind == GO_AWAY:
             self._peer_leaves = True
             return
-        stream = self._accept(stream_id) if flags & _SYN else self.streams.get(stream_id)
-        if kind == _WINDOW_UPDATE:
+        stream = self._accept(stream_id) if flags & SYN else self.streams.get(stream_id)
+        if kind == WINDOW_UPDATE:
             if stream is not None and length:
                 stream.peer_granted(length)
             self._apply_end_flags(stream, flags)
             return
         if length > self.limits.window + self.limits.window_budget:
-            raise _PeerMisbehaved(f"a data frame of {length} bytes")
+            raise PeerMisbehaved(f"a data frame of {length} bytes")
         self._body_of, self._body_left, self._body_flags = stream, length, flags
         if length == 0:
             self._apply_end_flags(stream, flags)
@@ -617,15 +368,15 @@ class YamuxConnection(IMuxedConn):
     def _apply_end_flags(self, stream: YamuxStream | None, flags: int) -> None:
         if stream is None:
             return
-        if flags & _RST:
+        if flags & RST:
             stream.broken("the peer reset the stream")
-        elif flags & _FIN:
+        elif flags & FIN:
             stream.peer_closed()
 
     def _accept(self, stream_id: int) -> YamuxStream | None:
         theirs = 0 if self._initiator else 1
         if stream_id % 2 != theirs or stream_id <= self._last_peer_id:
-            raise _PeerMisbehaved(f"stream id {stream_id} out of turn")
+            raise PeerMisbehaved(f"stream id {stream_id} out of turn")
         self._last_peer_id = stream_id
         opened = sum(1 for number in self.streams if number % 2 == theirs)
         stream = YamuxStream(self, stream_id)
@@ -636,7 +387,7 @@ class YamuxConnection(IMuxedConn):
                 pass
             else:
                 self.streams[stream_id] = stream
-                self.queue_urgent(_WINDOW_UPDATE, _ACK, stream_id, 0)
+                self.queue_urgent(WINDOW_UPDATE, ACK, stream_id, 0)
                 return stream
-        self.queue_control(_WINDOW_UPDATE, _RST, stream_id)
+        self.queue_control(WINDOW_UPDATE, RST, stream_id)
         return None

@@ -49,6 +49,13 @@ def integer(low: int, high: int) -> Check:
     return check
 
 
+def boolean(value: Any) -> bool:
+    """True or false; nothing else stands for them."""
+    if not isinstance(value, bool):
+        raise BadValueError("true or false")
+    return value
+
+
 def text(limit: int) -> Check:
     """A text of at most ``limit`` characters."""
 
@@ -109,7 +116,7 @@ def span(value: Any) -> Span:
 def dtype(value: Any) -> DType:
     """The name of an element type."""
     try:
-        return DType(value)
+        return DType(text(32)(value))
     except ValueError:
         raise BadValueError(f"one of {', '.join(DType)}") from None
 

@@ -66,7 +66,10 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
             raise LocalProtocolError(f"{kind}.{name} must be {bad}") from None
     tensors: list[WireTensor] = [getattr(frame, name) for name in _TENSOR_FIELDS[kind]]
     header["tensors"] = [[tensor.dtype, list(tensor.shape), "none"] for tensor in tensors]
-    packed: bytes = msgpack.packb(header)
+    try:
+        packed: bytes = msgpack.packb(header)
+    except UnicodeEncodeError as error:
+        raise LocalProtocolError(f"a text of {kind} is not Unicode: {error}") from None
     if len(packed) > MAX_HEADER:
         raise LocalProtocolError(f"the header of {kind} has {len(packed)} bytes, over {MAX_HEADER}")
     length = 1 + len(packed) + sum(_BIN_PREFIX + len(tensor.data) for tensor in tensors)
@@ -82,6 +85,11 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
 def max_rows(batch: int, hidden_size: int, dtype: DType) -> int:
     """How many rows of a session's hidden states fit one frame; 0 if not even one does."""
     return (MAX_FRAME - MAX_HEADER) // (batch * hidden_size * dtype.size)
+
+
+def _shown(value: Any) -> str:
+    """A peer's name for something, in an error. Anything but a text may nest deeper than repr."""
+    return f"{value!r:.40}" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def _take_bin(body: memoryview, offset: int) -> tuple[memoryview, int]:
@@ -103,7 +111,7 @@ def _wire_tensor(described: Any, data: memoryview) -> WireTensor:
         dtype_name, shape, compression = tuple_of(lambda item: item, 3)(described)
         size = integer(1, MAX_FRAME)
         if compression != "none":
-            raise RemoteProtocolError(f"unknown tensor compression {compression!r:.40}")
+            raise RemoteProtocolError(f"unknown tensor compression {_shown(compression)}")
         return WireTensor(dtype(dtype_name), tuple_of(size, MAX_DIMENSIONS)(shape), data)
     except ValueError:
         raise RemoteProtocolError("a tensor is described by [dtype, shape, compression]") from None
@@ -137,9 +145,9 @@ def _decode(body: memoryview) -> Frame:
     if not isinstance(header, dict):
         raise RemoteProtocolError("a frame's header must be a map")
     kind = header.get("kind")
-    frame = FRAMES.get(kind) if isinstance(kind, str) else None
-    if frame is None or not isinstance(kind, str):
-        raise RemoteProtocolError(f"unknown kind of frame {kind!r:.40}")
+    if not isinstance(kind, str) or kind not in FRAMES:
+        raise RemoteProtocolError(f"unknown kind of frame {_shown(kind)}")
+    frame = FRAMES[kind]
     described = header.get("tensors", [])
     names = _TENSOR_FIELDS[kind]
     if not isinstance(described, list) or not len(described) == count == len(names):
@@ -165,41 +173,39 @@ class FrameDecoder:
     """
 
     def __init__(self) -> None:
-        self._chunks: list[bytes] = []
-        self._buffered = 0
+        self._pending = bytearray()
+        self._wanted = LENGTH_BYTES
+        """Bytes that must be pending before there is anything new to see in them."""
 
     @property
     def mid_frame(self) -> bool:
         """Whether the stream would end in the middle of a frame if it ended here."""
-        return self._buffered > 0
+        return len(self._pending) > 0
 
     def feed(self, data: bytes) -> list[Frame]:
         """Take in ``data`` and return the frames that it completes.
 
-        Holds at most one frame's bytes beside ``data``. Raises RemoteProtocolError.
+        Holds at most one frame's bytes beside ``data``, and takes time in proportion to it, however
+        small the peer cuts frames or data. Raises RemoteProtocolError.
         """
-        if data:
-            self._chunks.append(data)
-            self._buffered += len(data)
+        if self._pending:
+            self._pending += data
+            if len(self._pending) < self._wanted:
+                return []
+        whole, self._pending = self._pending or data, bytearray()
+        view = memoryview(whole).toreadonly()
         complete: list[Frame] = []
-        while (length := self._length()) is not None:
+        while True:
+            self._wanted = LENGTH_BYTES
+            if len(view) < self._wanted:
+                break
+            length = int.from_bytes(view[:LENGTH_BYTES], "big")
             if length > MAX_FRAME:
                 raise RemoteProtocolError(f"a frame of {length} bytes is over {MAX_FRAME}")
-            end = LENGTH_BYTES + length
-            if self._buffered < end:
+            self._wanted += length
+            if len(view) < self._wanted:
                 break
-            whole = self._join()
-            self._chunks = [whole[end:]] if len(whole) > end else []
-            self._buffered = len(whole) - end
-            complete.append(_decode(memoryview(whole)[LENGTH_BYTES:end]))
+            complete.append(_decode(view[LENGTH_BYTES : self._wanted]))
+            view = view[self._wanted :]
+        self._pending = bytearray(view)
         return complete
-
-    def _length(self) -> int | None:
-        if self._buffered < LENGTH_BYTES:
-            return None
-        if len(self._chunks[0]) < LENGTH_BYTES:
-            self._chunks = [self._join()]
-        return int.from_bytes(self._chunks[0][:LENGTH_BYTES], "big")
-
-    def _join(self) -> bytes:
-        return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)

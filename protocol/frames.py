@@ -228,7 +228,7 @@ class State(Frame):
         "nonce": checks.counter,
         "position": checks.position,
         "produced": checks.position,
-        "successor_linked": bool,
+        "successor_linked": checks.boolean,
     }
 
 

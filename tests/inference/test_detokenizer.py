@@ -1,43 +1,22 @@
 """Pieces of text add up to the whole, and end before a stop string."""
 
-from functools import cache
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from petals.inference.detokenizer import Detokenizer
 from petals.protocol.errors import ModelError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
-
-TEXT = "hello world, in the beginning there was ä ö ü, 漢字, 😀 and 👩‍👩‍👧"
-
-
-@cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE as BLOOM's: characters outside of ASCII are several tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+from support.tiny_tokenizer import tiny_tokenizer
 
 
 def pieces(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Detokenizer]:
-    detokenizer = Detokenizer(tokenizer(), stop=stop)
+    detokenizer = Detokenizer(tiny_tokenizer(), stop=stop)
     parts = [detokenizer.add(token) for token in ids]
     parts.append(detokenizer.finish())
     return parts, detokenizer
 
 
 def ids_of(*tokens: str) -> list[int]:
-    vocabulary = tokenizer().get_vocab()
+    vocabulary = tiny_tokenizer().get_vocab()
     return [vocabulary[token] for token in tokens]
 
 
@@ -53,7 +32,7 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 @given(ids=st.lists(st.integers(0, 299), max_size=40))
 def test_pieces_add_up_for_any_tokens(ids: list[int]) -> None:
     parts, detokenizer = pieces(ids)
-    assert "".join(parts) == tokenizer().decode(ids, skip_special_tokens=True)
+    assert "".join(parts) == tiny_tokenizer().decode(ids, skip_special_tokens=True)
     assert detokenizer.text == "".join(parts)
     assert not detokenizer.stopped
 
@@ -63,7 +42,7 @@ def test_pieces_add_up_for_any_tokens(ids: list[int]) -> None:
     stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3).map(tuple),
 )
 def test_text_ends_before_the_first_stop(text: str, stop: tuple[str, ...]) -> None:
-    ids = tokenizer().encode(text)
+    ids = tiny_tokenizer().encode(text)
     parts, detokenizer = pieces(ids, stop)
     assert "".join(parts) == cut(text, stop)
     assert detokenizer.stopped == any(one in text for one in stop)
@@ -75,7 +54,7 @@ def test_text_streams_and_holds_back_only_what_may_be_a_stop() -> None:
 
 
 def test_a_character_of_several_tokens_comes_whole() -> None:
-    ids = tokenizer().encode("é")
+    ids = tiny_tokenizer().encode("é")
     parts, _ = pieces(ids)
     assert [part for part in parts if part] == ["é"]
 
@@ -86,14 +65,14 @@ def test_an_unfinished_character_comes_at_the_end() -> None:
 
 
 def test_nothing_follows_a_stop() -> None:
-    detokenizer = Detokenizer(tokenizer(), stop=("b",))
-    ids = tokenizer().encode("abc")
+    detokenizer = Detokenizer(tiny_tokenizer(), stop=("b",))
+    ids = tiny_tokenizer().encode("abc")
     assert "".join(detokenizer.add(token) for token in ids) == "a"
     assert (detokenizer.add(ids[0]), detokenizer.finish(), detokenizer.text) == ("", "", "a")
 
 
 def test_special_tokens_are_not_text() -> None:
-    parts, _ = pieces([1, *tokenizer().encode("a"), 1])
+    parts, _ = pieces([1, *tiny_tokenizer().encode("a"), 1])
     assert "".join(parts) == "a"
 
 

@@ -12,6 +12,7 @@ from petals.inference.checkpoint import open_checkpoint
 from petals.protocol.errors import ModelError
 from petals.protocol.span import Span
 from support.tiny_bloom import save_bloom
+from support.tiny_tokenizer import tiny_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -50,6 +51,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.server.folder / filename
         if self.server.refusal is not None:
             self._headers(*self.server.refusal)
+        elif self.path.startswith("/api/models/someone/tiny/tree/main/"):
+            self._headers(404, "EntryNotFound")  # it has no folders
         elif repository != "someone/tiny":
             self._headers(404, "RepoNotFound")
         elif not filename or not path.is_file():
@@ -143,6 +146,17 @@ def test_what_is_wrong_on_the_hub_is_said_in_words(hub: FakeHub, tmp_path: Path)
     assert "the hub has no weights" in message("someone/tiny")
     (hub.folder / "config.json").unlink()
     assert "the hub has no config.json" in message("someone/tiny")
+
+
+def test_the_tokenizer_comes_from_the_hub_and_then_from_the_cache(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_tokenizer().save_pretrained(hub.folder)
+    text = "in the beginning"
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        checkpoint = open_checkpoint("someone/tiny", cache_dir=tmp_path / "cache")
+        assert checkpoint.load_tokenizer().encode(text) == tiny_tokenizer().encode(text)
 
 
 def test_a_shard_that_the_hub_lacks_is_named(hub: FakeHub, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from libp2p import new_host
 from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
@@ -19,15 +20,12 @@ from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.peer.peerstore import PeerStore
 from multiaddr import Multiaddr
 from petals.node.identity import new_identity
+from petals.node.libp2p_addresses import announced_addresses
 from petals.node.libp2p_directory import DirectoryLimits, pack_record, unpack_record
 from petals.node.libp2p_guards import HostLimits
-from petals.node.libp2p_network import (
-    Libp2pNetwork,
-    NetworkLimits,
-    announced_addresses,
-    open_network,
-)
-from petals.node.libp2p_yamux import YamuxLimits
+from petals.node.libp2p_network import Libp2pNetwork, NetworkLimits, open_network
+from petals.node.libp2p_yamux import YamuxConnection
+from petals.node.libp2p_yamux_stream import YamuxLimits
 from petals.node.network import Stream
 from petals.protocol.errors import ConfigError, PeerError, RemoteProtocolError
 from support.memory_network import expiring_merge
@@ -255,6 +253,21 @@ async def test_leaving_takes_no_time_even_while_much_is_going_on(world: Libp2pWo
         await until_alone(server)
 
 
+async def test_a_cancelled_network_says_goodbye_too(world: Libp2pWorld) -> None:
+    async with world.network() as server:
+        await trio.testing.wait_all_tasks_blocked()
+        tasks = trio.lowlevel.current_statistics().tasks_living
+        with trio.CancelScope() as scope:
+            async with world.network(bootstrap=server.multiaddrs):
+                assert len(server.connected_peers()) == 1
+                scope.cancel()
+                await trio.sleep_forever()
+        await until_alone(server)
+        with trio.fail_after(2):
+            while trio.lowlevel.current_statistics().tasks_living > tasks:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+
+
 async def test_nothing_is_left_of_a_network(world: Libp2pWorld) -> None:
     def open_files() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
@@ -325,6 +338,50 @@ async def test_a_holder_that_answers_rubbish_is_passed_over(world: Libp2pWorld) 
             assert len(await client.get(KEY)) == 1
 
 
+async def test_the_directory_cleans_up_and_stays_fresh_by_itself(world: Libp2pWorld) -> None:
+    world.limits = NetworkLimits(directory=DirectoryLimits(refresh_seconds=0.05))
+    async with (
+        world.network() as first,
+        world.network(serve=False, bootstrap=first.multiaddrs) as client,
+    ):
+        assert await client.put(KEY, b"a 1 %f" % (world.clock.now + 60)) == 1
+        assert first.statistics().directory_keys == 1
+        world.clock.now += 61
+        with trio.fail_after(5):
+            while first.statistics().directory_keys:  # noqa: ASYNC110 - it happens by the way
+                await trio.sleep(0.01)
+        async with world.network(bootstrap=first.multiaddrs):
+            with trio.fail_after(5):
+                while client.statistics().directory_peers < 2:  # noqa: ASYNC110 - the same
+                    await trio.sleep(0.01)
+
+
+async def test_a_holder_takes_no_more_keys_than_it_has_room_for(world: Libp2pWorld) -> None:
+    world.limits = NetworkLimits(directory=DirectoryLimits(stored_bytes=10))
+    async with (
+        world.network() as first,
+        world.network(serve=False, bootstrap=first.multiaddrs) as client,
+    ):
+        entry = b"a 1 %f" % (world.clock.now + 60)
+        assert await client.put(KEY, entry) == 1
+        assert await client.put(b"/petals/test/1", entry) == 0
+        assert await client.put(KEY, b"b 1 %f" % (world.clock.now + 60)) == 1
+
+
+async def test_a_connection_lost_unnoticed_is_replaced_at_once(world: Libp2pWorld) -> None:
+    async with (
+        world.network() as server,
+        world.network(serve=False, bootstrap=server.multiaddrs) as client,
+    ):
+        server.handle(ECHO, echo)
+        for connection in client._swarm.alive():
+            assert isinstance(connection.muxed_conn, YamuxConnection)
+            await connection.muxed_conn.secured_conn.close()
+        stream = await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
+        await stream.send([b"back"])
+        assert await receive_exactly(stream, 4) == b"back"
+
+
 async def test_peers_are_found_through_the_directory(world: Libp2pWorld) -> None:
     """Whoever has been looked up can be dialled with no address given."""
     async with (
@@ -368,6 +425,7 @@ async def test_a_host_of_the_library_as_it_comes_can_talk_to_us(world: Libp2pWor
             assert received == message
             await stream.close()
             assert server.connected_peers() == (str(stock.get_id()),)
+            await stock.disconnect(ID.from_string(server.peer_id))  # else it leaks its socket
         await stock.close()
 
 
@@ -395,6 +453,7 @@ trio.run(main)
 """
 
 
+@pytest.mark.slow
 async def test_another_process_that_freezes_and_one_that_is_killed(world: Libp2pWorld) -> None:
     world.limits = NetworkLimits(
         host=HostLimits(open_seconds=5, yamux=YamuxLimits(ping_seconds=0.3, missed_pings=3))

@@ -21,7 +21,8 @@ from libp2p.stream_muxer.exceptions import (
 )
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from petals.node.identity import new_identity
-from petals.node.libp2p_yamux import Traffic, YamuxConnection, YamuxLimits, YamuxStream
+from petals.node.libp2p_yamux import Traffic, YamuxConnection
+from petals.node.libp2p_yamux_stream import YamuxLimits, YamuxStream
 
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8

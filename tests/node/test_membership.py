@@ -19,7 +19,6 @@ from petals.protocol.announcement import (
 from petals.protocol.errors import ModelMismatch, PeerError
 from petals.protocol.span import Span
 from petals.protocol.swarm import Swarm
-
 from support.announcements import MODEL, NOW, announce, dice, entry, peer_id, signer
 
 OTHER_MODEL = "cd" * 32

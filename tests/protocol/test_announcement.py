@@ -27,7 +27,6 @@ from petals.protocol.announcement import (
 )
 from petals.protocol.errors import LocalProtocolError, RemoteProtocolError
 from petals.protocol.span import Span
-
 from support.announcements import MODEL, NOW, announce, dice, entry, peer_id, signer
 
 SPAN = Span(2, 6)

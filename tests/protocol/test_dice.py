@@ -1,5 +1,4 @@
 from petals.protocol.dice import pick
-
 from support.announcements import dice
 
 

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from petals.protocol.announcement import Announcement, PeerState
 from petals.protocol.placement import block_throughput, choose_span
 from petals.protocol.span import Span, coverage
-
 from support.announcements import announce, dice
 
 BLOCKS = 8

@@ -19,7 +19,6 @@ from petals.protocol.routing import (
     plan_route,
 )
 from petals.protocol.span import Span
-
 from support.announcements import announce, dice, peer_id
 
 MODEL = Span(0, 8)

@@ -3,7 +3,6 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
 from petals.protocol.chain import ChainState
 from petals.protocol.span import Span
 from support.ring_world import MAX_TOKENS, ME, NUM_BLOCKS, RingWorld, reference

@@ -6,7 +6,6 @@ from petals.protocol.announcement import PeerState
 from petals.protocol.errors import ModelMismatch
 from petals.protocol.span import Span
 from petals.protocol.swarm import Swarm, model_mismatch
-
 from support.announcements import MODEL, NOW, announce, peer_id
 
 OTHER_MODEL = "cd" * 32

@@ -76,6 +76,7 @@ def generate(
     session_id: bytes = b"session",
     chunk: int = 1000,
     eos_token_ids: Sequence[int] = (),
+    pad_token_id: int = 0,
 ) -> list[list[int]]:
     """The new tokens of each prompt; the prompt goes in chunks of ``chunk`` rows."""
     ids, mask = pad_left(prompts)
@@ -89,7 +90,9 @@ def generate(
         max_tokens=length + params.max_new_tokens,
         padding=padding,
     )
-    sampler = Sampler(params, ids, padding=padding, eos_token_ids=eos_token_ids)
+    sampler = Sampler(
+        params, ids, padding=padding, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id
+    )
     for start in range(0, length, chunk):
         logits = chain.step(start, ids[:, start : start + chunk])
     for position in range(length, length + params.max_new_tokens):

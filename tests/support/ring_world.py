@@ -26,9 +26,17 @@ from petals.protocol.chain import (
 )
 from petals.protocol.chain import Effect as ChainEffect
 from petals.protocol.frames import Open, Output, Peer, Resume, Step
-from petals.protocol.hop import Compute, Computed, DialSuccessor, Hop, Linked, Reply, SuccessorLost
+from petals.protocol.hop import (
+    Compute,
+    Computed,
+    DialSuccessor,
+    Hop,
+    Linked,
+    Reply,
+    SuccessorLost,
+    Welcome,
+)
 from petals.protocol.hop import Event as HopEvent
-from petals.protocol.hop import Welcome
 from petals.protocol.span import Span
 from petals.protocol.tensor import DType, WireTensor
 

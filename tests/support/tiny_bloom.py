@@ -50,10 +50,10 @@ def reference_tokens(
 ) -> list[list[int]]:
     """The new tokens of each prompt by ``generate``; shorter prompts are padded on the left."""
     ids, mask = pad_left(prompts)
-    options = {"do_sample": False} | options
+    options = {"do_sample": False, "pad_token_id": 0} | options
     with torch.inference_mode():
         output = model.generate(  # type: ignore[misc]  # transformers' own self type
-            ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=0, **options
+            ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options
         )
     return [row[ids.shape[1] :].tolist() for row in output]
 

@@ -1,0 +1,93 @@
+"""How hypothesis draws frames: for every kind, all that its fields may be."""
+
+import math
+
+from hypothesis import strategies as st
+
+from petals.protocol.checks import MAX_BATCH, MAX_BLOCKS, MAX_COUNTER, MAX_TOKENS, Peer
+from petals.protocol.errors import ErrorCode
+from petals.protocol.frames import (
+    Close,
+    Describe,
+    Description,
+    Failed,
+    Frame,
+    Hello,
+    Link,
+    Open,
+    Output,
+    Probe,
+    Ready,
+    Refused,
+    Relink,
+    Resume,
+    State,
+    Step,
+)
+from petals.protocol.span import Span
+from petals.protocol.tensor import DType, WireTensor
+
+counters = st.integers(0, MAX_COUNTER)
+positions = st.integers(0, MAX_TOKENS)
+peer_ids = st.text(max_size=128)
+sessions = st.binary(min_size=16, max_size=16)
+codes = st.sampled_from(ErrorCode)
+reasons = st.text(max_size=100)
+peers = st.builds(
+    Peer, peer_ids, st.lists(st.text(max_size=256), max_size=8).map(tuple)
+)
+spans = (
+    st.tuples(st.integers(0, MAX_BLOCKS), st.integers(0, MAX_BLOCKS))
+    .filter(lambda pair: pair[0] != pair[1])
+    .map(lambda pair: Span(min(pair), max(pair)))
+)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> WireTensor:
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    dtype = draw(st.sampled_from(DType))
+    size = math.prod(shape) * dtype.size
+    return WireTensor(dtype, shape, draw(st.binary(min_size=size, max_size=size)))
+
+
+FRAME_STRATEGIES: dict[str, st.SearchStrategy[Frame]] = {
+    "hello": st.builds(
+        Hello,
+        st.integers(1, 1 << 16),
+        st.text(max_size=64),
+        st.lists(st.text(max_size=32), max_size=32).map(tuple),
+    ),
+    "open": st.builds(
+        Open,
+        session=sessions,
+        epoch=counters,
+        model=st.text(max_size=128),
+        span=spans,
+        predecessor=peer_ids,
+        successor=st.none() | peers,
+        batch=st.integers(1, MAX_BATCH),
+        padding=st.lists(positions, max_size=MAX_BATCH).map(tuple),
+        max_tokens=st.integers(1, MAX_TOKENS),
+        wire_dtype=st.sampled_from(DType),
+    ),
+    "ready": st.builds(Ready, counters, counters),
+    "refused": st.builds(Refused, codes, reasons, st.none() | st.floats(0, 86_400)),
+    "link": st.builds(Link, sessions, counters),
+    "resume": st.builds(Resume, counters, positions, counters),
+    "step": st.builds(Step, counters, counters, counters, positions, positions, tensors()),
+    "output": st.builds(Output, counters, positions, tensors()),
+    "relink": st.builds(Relink, counters, peer_ids, st.none() | peers),
+    "probe": st.builds(Probe, counters),
+    "state": st.builds(State, counters, positions, positions, st.booleans()),
+    "failed": st.builds(Failed, codes, reasons, st.none() | peer_ids),
+    "close": st.builds(Close, reasons),
+    "describe": st.builds(Describe),
+    "description": st.builds(
+        Description,
+        st.binary(max_size=1000),
+        st.dictionaries(st.text(max_size=64), st.floats(-1e18, 1e18), max_size=20),
+    ),
+}
+
+frames = st.one_of(*FRAME_STRATEGIES.values())
