@@ -235,7 +235,7 @@ class Membership:
             else:
                 retry = settings.first_retry
             await trio.sleep(min(pause, settings.shortest_interval))
-            with trio.move_on_after(pause - settings.shortest_interval):
+            with trio.move_on_after(max(0.0, pause - settings.shortest_interval)):
                 await self._changed.wait()
 
     async def _refresh_forever(self) -> None:

@@ -193,7 +193,6 @@ class Chain:
         self._closed = False
         self._history = RewindHistory()
         self._sender = LinkSender(self._history)
-        self._first: str | None = None
         self._progress = now
         self._probe_nonce = 0
         self._probed_at: float | None = None

@@ -199,7 +199,7 @@ class Hop:
             self._history.record(step.rewind, step.position)
             self._log.truncate(step.position)
             self._sender.rewound(step.position)
-            self._returned = min(self._returned, step.position)
+            self._returned = 0  # outputs under way are of an older rewind: dropped on arrival
         self._log.append(event.hidden)
         self._want_from = step.want_from
         return []

@@ -394,11 +394,11 @@ def run_command_line(argv: Sequence[str]) -> int:
         result = app(list(argv) or ["--help"], prog_name="petals-node", standalone_mode=False)
     except typer.TyperException as error:
         return _complain(error.exit_code, f"{error.format_message()} (--help shows the options)")
-    except BrokenPipeError:
-        # Whoever read our output has gone: say nothing more, also not when the streams are closed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return failures.FAILED
     except BaseException as error:  # noqa: BLE001 - the last border: everything becomes a line
+        if failures.is_broken_pipe(error):
+            # Say nothing more, also not when the interpreter flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return failures.FAILED
         if failures.debugging():
             sys.stderr.write(failures.traceback_of(error))
         return _complain(*failures.explain(error))

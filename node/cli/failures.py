@@ -57,6 +57,11 @@ def explain(error: BaseException) -> tuple[int, str]:
     )
 
 
+def is_broken_pipe(error: BaseException) -> bool:
+    """Whether whoever read our output has gone."""
+    return any(isinstance(leaf, BrokenPipeError) for leaf in _leaves(error))
+
+
 def traceback_of(error: BaseException) -> str:
     """The whole traceback, for those who asked for it."""
     return "".join(traceback.format_exception(error))

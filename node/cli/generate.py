@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from functools import partial
 
 import trio
 
@@ -10,9 +10,6 @@ from ...inference.sampling_params import SamplingParams
 from ...protocol.errors import ConfigError, PetalsError
 from ..config import NodeConfig
 from . import failures, leaving, originator
-
-if TYPE_CHECKING:
-    from ..originate import Generation
 
 
 def generate(
@@ -30,30 +27,36 @@ def generate(
         prompt = sys.stdin.read()
     if not prompt:
         raise ConfigError("PROMPT: there is no text to go on from; write at least one character")
-    generation = trio.run(_generate, config, prompt, params)
-    if not generation.text.endswith("\n"):
-        sys.stdout.write("\n")
-    if json_result:
-        sys.stdout.write(json.dumps(originator.result_record(generation)) + "\n")
-    sys.stdout.flush()
-    sys.stderr.write(originator.figures(generation) + "\n")
+    trio.run(partial(_generate, config, prompt, params, json_result=json_result))
     return failures.OK
 
 
-async def _generate(config: NodeConfig, prompt: str, params: SamplingParams) -> "Generation":
+async def _generate(
+    config: NodeConfig, prompt: str, params: SamplingParams, *, json_result: bool
+) -> None:
     from ..node import Node
 
-    shown = False
     async with Node(config) as node:
         handle = await node.submit(prompt, params)
+        shown = False
         try:
             async for piece in handle:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                _write(piece)
                 shown = True
-            return await handle.result()
+            generation = await handle.result()
         except PetalsError as error:
             if not shown:
                 raise
-            sys.stdout.write("\n")
+            _write("\n")
             raise failures.CommandFailed(f"the text broke off: {error}") from error
+        # Before leaving the swarm, which takes a moment: nobody has to wait for that.
+        if not generation.text.endswith("\n"):
+            _write("\n")
+        if json_result:
+            _write(json.dumps(originator.result_record(generation)) + "\n")
+        sys.stderr.write(originator.figures(generation) + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -14,7 +14,7 @@ import trio
 
 LEAVE = frozenset({signal.SIGINT, signal.SIGTERM})
 
-GRACE = 4.5
+GRACE = 4.3
 """Seconds: a node is gone within 5 s of being told to leave."""
 
 
@@ -33,9 +33,15 @@ def _raise_leaving(number: int, frame: FrameType | None) -> NoReturn:
     raise Leaving
 
 
-async def wait_until_told_to_leave() -> None:
-    """Return at the first signal to leave; a second one ends the process on the spot."""
+async def wait_until_told_to_leave(
+    *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Return at the first signal to leave; a second one ends the process on the spot.
+
+    Started once signals are listened for: those that come while modules are imported wait.
+    """
     with trio.open_signal_receiver(*LEAVE) as signals:
+        task_status.started()
         async for _ in signals:
             break
     for number in LEAVE:

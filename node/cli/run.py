@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +44,10 @@ def serve(config: NodeConfig, *, json_lines: bool, exit_with_stdin: bool) -> int
     if exit_with_stdin:
         leaving.leave_when_stdin_ends()
     report = _report_json if json_lines else _report_in_words
-    with suppress(leaving.Leaving):
+    try:
         trio.run(_serve, config, report)
+    except* leaving.Leaving:
+        report({"event": "leaving"})
     return failures.OK
 
 
@@ -54,21 +55,28 @@ Report = Callable[[dict[str, Any]], None]
 
 
 async def _serve(config: NodeConfig, report: Report) -> None:
+    serving = False
+    leave = trio.Event()
+
     async with trio.open_nursery() as nursery:
 
-        async def leave_when_told() -> None:
-            await leaving.wait_until_told_to_leave()
+        async def leave_when_told(task_status: trio.TaskStatus[None]) -> None:
+            await leaving.wait_until_told_to_leave(task_status=task_status)
             leaving.leave_by_force_after(leaving.GRACE)
             report({"event": "leaving"})
-            nursery.cancel_scope.cancel()
+            if serving:
+                leave.set()  # not cancelled: saying goodbye takes the network
+            else:
+                nursery.cancel_scope.cancel()
 
-        nursery.start_soon(leave_when_told)
+        await nursery.start(leave_when_told)
         report({"event": "starting", "model": config.model})
         from ..node import Node
 
         async with Node(config) as node:
             report(serving_event(node))
-            await trio.sleep_forever()
+            serving = True
+            await leave.wait()
 
 
 def serving_event(node: "Node") -> dict[str, Any]:

@@ -6,7 +6,6 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from petals.protocol.checks import MAX_FRAME, MAX_HEADER
 from petals.protocol.codec import FrameDecoder, encode, max_rows
 from petals.protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -87,7 +86,9 @@ def test_frames_do_not_depend_on_how_the_bytes_were_cut(
 def test_a_frame_comes_out_with_its_last_byte() -> None:
     stream = wire(output("abc", 4), Probe(7))
     decoder = FrameDecoder()
-    received = [(end, frame) for end in range(len(stream)) for frame in decoder.feed(stream[end : end + 1])]
+    received = [
+        (end, frame) for end in range(len(stream)) for frame in decoder.feed(stream[end : end + 1])
+    ]
     first = len(wire(output("abc", 4)))
     assert received == [(first - 1, output("abc", 4)), (len(stream) - 1, Probe(7))]
 
@@ -95,13 +96,11 @@ def test_a_frame_comes_out_with_its_last_byte() -> None:
 def test_the_decoder_knows_when_it_is_in_mid_frame() -> None:
     stream = wire(Probe(1))
     decoder = FrameDecoder()
-    assert not decoder.mid_frame
-    assert decoder.feed(stream + stream[:3]) == [Probe(1)]
-    assert decoder.mid_frame
-    assert decoder.feed(b"") == []
-    assert decoder.mid_frame
-    assert decoder.feed(stream[3:]) == [Probe(1)]
-    assert not decoder.mid_frame
+    seen = []
+    for data in (b"", stream + stream[:3], b"", stream[3:]):
+        count = len(decoder.feed(data))
+        seen.append((count, decoder.mid_frame))
+    assert seen == [(0, False), (1, True), (0, True), (1, False)]
 
 
 def test_any_msgpack_reader_can_read_a_frame() -> None:
@@ -118,16 +117,12 @@ def test_any_msgpack_reader_can_read_a_frame() -> None:
     ]
 
 
-@pytest.mark.parametrize("rows", [1, 100, 20_000], ids=["bin 8", "bin 16", "bin 32"])
+@pytest.mark.parametrize("rows", [1, 100, 10_000], ids=["bin 8", "bin 16", "bin 32"])
 def test_any_msgpack_writer_can_write_a_frame(rows: int) -> None:
-    data = bytes(range(256)) * rows
-    described = {"kind": "output", "rewind": 1, "position": 2}
-    described["tensors"] = [["float32", [1, rows, 64], "none"]]
-    tensor = WireTensor(DType.FLOAT32, (1, rows, 64), data)
-    if len(data) > MAX_FRAME:
-        assert "is over" in refused(packed(described, data))
-    else:
-        assert decode(packed(described, data)) == Output(1, 2, tensor)
+    data = bytes(range(8)) * rows
+    described = ["float32", [1, rows, 2], "none"]
+    written = packed({"kind": "output", "rewind": 1, "position": 2, "tensors": [described]}, data)
+    assert decode(written) == Output(1, 2, WireTensor(DType.FLOAT32, (1, rows, 2), data))
 
 
 def test_a_frame_without_tensors_need_not_say_so() -> None:
@@ -190,7 +185,9 @@ def test_a_frame_with_a_field_out_of_its_limits_is_not_sent() -> None:
 
 def test_a_frame_that_is_too_long_is_not_sent() -> None:
     data = bytes(MAX_FRAME)
-    with pytest.raises(LocalProtocolError, match=r"an output frame|a output frame of \d+ bytes"):
+    with pytest.raises(
+        LocalProtocolError, match=rf"a output frame of \d+ bytes is over {MAX_FRAME}"
+    ):
         encode(Output(0, 0, WireTensor(DType.FLOAT32, (1, MAX_FRAME // 4, 1), data)))
 
 
@@ -350,7 +347,9 @@ def test_tensors_are_msgpack_bins_and_nothing_else() -> None:
     assert refused(framed(header + msgpack.packb("12345678"))) == message
 
 
-@pytest.mark.parametrize("prefix", [b"\xc4\x09", b"\xc5\x00\x09", b"\xc6\x00\x00\x00\x09", b"\xc6\xff"])
+@pytest.mark.parametrize(
+    "prefix", [b"\xc4\x09", b"\xc5\x00\x09", b"\xc6\x00\x00\x00\x09", b"\xc6\xff"]
+)
 def test_a_tensor_ends_with_its_frame_at_the_latest(prefix: bytes) -> None:
     body = b"\x92" + msgpack.packb(HEADER | {"tensors": [FLOATS]}) + prefix + bytes(8)
     assert refused(framed(body)) == "a tensor is longer than its frame"
@@ -406,7 +405,7 @@ def test_a_field_of_any_value_is_taken_or_refused(frame: Frame, data: st.DataObj
     if data.draw(st.booleans()):
         header.pop(data.draw(st.sampled_from(sorted(header))))
     for decoded in survives(packed(header, *tensors)):
-        assert decoded.KIND == header["kind"]
+        assert header["kind"] == decoded.KIND
 
 
 @given(st.lists(frames, min_size=1, max_size=3), st.data())

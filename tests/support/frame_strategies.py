@@ -3,7 +3,6 @@
 import math
 
 from hypothesis import strategies as st
-
 from petals.protocol.checks import MAX_BATCH, MAX_BLOCKS, MAX_COUNTER, MAX_TOKENS, Peer
 from petals.protocol.errors import ErrorCode
 from petals.protocol.frames import (
@@ -33,9 +32,7 @@ peer_ids = st.text(max_size=128)
 sessions = st.binary(min_size=16, max_size=16)
 codes = st.sampled_from(ErrorCode)
 reasons = st.text(max_size=100)
-peers = st.builds(
-    Peer, peer_ids, st.lists(st.text(max_size=256), max_size=8).map(tuple)
-)
+peers = st.builds(Peer, peer_ids, st.lists(st.text(max_size=256), max_size=8).map(tuple))
 spans = (
     st.tuples(st.integers(0, MAX_BLOCKS), st.integers(0, MAX_BLOCKS))
     .filter(lambda pair: pair[0] != pair[1])

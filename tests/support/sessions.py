@@ -4,12 +4,15 @@ Two float16 elements are four bytes, so the row ``a`` is ``b"aaaa"``. A batch of
 is written ``abc/ABC``: three positions of two sequences.
 """
 
-from petals.protocol.frames import Open, Output, Peer, Step
+from petals.protocol.checks import Peer
+from petals.protocol.frames import Open, Output, Step
 from petals.protocol.span import Span
 from petals.protocol.tensor import DType, WireTensor
 
 HIDDEN_SIZE = 2
 SESSION = bytes(range(16))
+BLOCKS = Span(2, 4)
+AFTER = Peer("after")
 
 
 def hidden(letters: str) -> WireTensor:
@@ -46,9 +49,9 @@ def output(rows: str, position: int, *, rewind: int = 0) -> Output:
 def opened(
     *,
     epoch: int = 1,
-    span: Span = Span(2, 4),
+    span: Span = BLOCKS,
     predecessor: str = "before",
-    successor: Peer | None = Peer("after"),
+    successor: Peer | None = AFTER,
     batch: int = 1,
     padding: tuple[int, ...] = (0,),
     max_tokens: int = 8,
