@@ -217,8 +217,9 @@ class Chain:
 
     @property
     def missing(self) -> list[Span]:
-        """The blocks without a hop, as maximal runs."""
-        return gaps((hop.span for hop in self.hops), self.terms.num_blocks)
+        """The blocks without a hop, as maximal runs; a closed session misses none."""
+        spans = (hop.span for hop in self.hops)
+        return [] if self._closed else gaps(spans, self.terms.num_blocks)
 
     def append(self, tokens: int, *, want_from: int, now: float) -> None:
         """The log has ``tokens`` more positions; rows from ``want_from`` on are to come back."""
