@@ -144,9 +144,9 @@ class Client:
 
         return GenerationHandle(self, self._call(submit))
 
-    def swarm_view(self) -> list[Announcement]:
-        """Who serves what, as of now."""
-        return self._call(lambda: self._running_node().swarm_view())
+    def swarm_view(self, model_name: str | None = None) -> list[Announcement]:
+        """Who serves what, as of now: of the models of that name, or of every model."""
+        return self._call(lambda: self._running_node().swarm_view(model_name))
 
     def disconnect(self) -> None:
         """Leave the swarm and end the thread. Idempotent."""

@@ -225,8 +225,8 @@ class Membership:
             pause = self._jittered(settings.announce_interval)
             if taken == 0:
                 pause = min(pause, retry)
-                log.log(
-                    logging.WARNING if retry == settings.first_retry else logging.DEBUG,
+                # to be expected of a swarm's first node
+                log.info(
                     "no peer took this node's announcement; next try in %g s (is a peer "
                     "reachable, and is the clock of this machine right?)",
                     pause,

@@ -2,6 +2,8 @@
 
 ``async with Node(config) as node:`` joins the swarm, serves what the config says, and is ready to
 originate; leaving the block announces the departure, lets running steps end, and frees everything.
+A block that is cancelled from outside frees everything, too, but cannot say goodbye: the network's
+tasks are cancelled with it. To leave in good order, let the block come to its end.
 """
 
 import contextlib
@@ -255,17 +257,12 @@ class Node:
 
     # --- looking at the swarm -----------------------------------------------------------------
 
-    async def swarm_view(self) -> list[Announcement]:
-        """Who serves what, as of now; of the config's model, or of every model.
+    async def swarm_view(self, model_name: str | None = None) -> list[Announcement]:
+        """Who serves what, as of now: of the models called ``model_name``, or of every model.
 
         Raises PeerError when the swarm cannot be asked.
         """
-        membership = self._running_membership()
-        name = None
-        if self.config.model is not None:
-            await self._open_checkpoint()
-            name = self.model_name
-        found = {peer.peer_id: peer for peer in await membership.find(name)}
+        found = {peer.peer_id: peer for peer in await self._running_membership().find(model_name)}
 
         async def ask(peer: Announcement) -> None:
             with contextlib.suppress(PeerError):

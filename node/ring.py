@@ -375,6 +375,7 @@ class Ring:
             needed = [block for gap in self._chain.missing for block in range(gap.start, gap.end)]
             if planned == needed:  # else something was lost while we planned
                 self._receive(Routed(hops))
+            await trio.lowlevel.checkpoint()
 
     async def _plan(self, missing: Sequence[Span], *, fresh: bool) -> list[ChainHop]:
         """Hops for the gaps; or, when only peers of the chain could fill them, a whole new chain."""

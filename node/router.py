@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ..protocol.dice import Dice
 from ..protocol.errors import NoRoute, PeerError
@@ -52,39 +53,32 @@ class SwarmRouter:
         candidates = self._swarm.candidates(
             self._clock(), self._fingerprint, cache_tokens=cache_tokens
         )
+        plan = partial(
+            plan_route,
+            span=span,
+            latency=LatencyEstimates.of(candidates, self._round_trips()),
+            dice=self._dice,
+            exclude=exclude,
+            source=source,
+            sink=sink,
+            model_name=self._model_name,
+        )
         try:
-            route = plan_route(
-                candidates,
-                span,
-                latency=LatencyEstimates.of(candidates, self._round_trips()),
-                dice=self._dice,
-                exclude=exclude,
-                source=source,
-                sink=sink,
-                model_name=self._model_name,
-            )
-        except NoRoute as error:
-            if fresh:
-                await self._membership.check_model(self._model_name, self._fingerprint)
-                self._explain(error, cache_tokens)
-            raise
-        return route.hops
-
-    def _explain(self, error: NoRoute, cache_tokens: int) -> None:
-        """If the missing blocks are there but have no room, say so instead."""
-        now = self._clock()
-        holders = [
-            peer
-            for peer in self._swarm.candidates(now, self._fingerprint)
-            if peer.span is not None and any(peer.span.intersection(gap) for gap in error.missing)
-        ]
-        if not holders:
-            return
-        most = max(peer.cache_tokens_left for peer in holders)
-        gaps = ", ".join(map(str, error.missing))
+            return plan(candidates).hops
+        except NoRoute:
+            if not fresh:
+                raise
+        await self._membership.check_model(self._model_name, self._fingerprint)
+        everybody = {
+            peer.peer_id: peer for peer in self._swarm.candidates(self._clock(), self._fingerprint)
+        }
+        full = plan(everybody.values()).hops  # raises, and names the blocks, if there is a gap
+        left = {hop: everybody[hop.peer_id].cache_tokens_left for hop in full}
+        short = [hop for hop in full if left[hop] < cache_tokens]
         raise NoRoute(
-            f"no peer with blocks {gaps} of {self._model_name} has {cache_tokens} tokens of KV "
-            f"cache left (the most is {most}): use a shorter prompt, fewer new tokens or a smaller "
-            "batch, or try again later",
-            missing=error.missing,
-        ) from error
+            f"no peer with blocks {', '.join(str(hop.span) for hop in short)} of "
+            f"{self._model_name} has {cache_tokens} tokens of KV cache left (the best has "
+            f"{min(left.values())}): use a shorter prompt, fewer new tokens or a smaller batch, "
+            "or try again later",
+            missing=[hop.span for hop in short],
+        )

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 def status(config: NodeConfig, *, model: str | None, json_result: bool) -> int:
     """Ask the swarm and show what it says, of one model or of all."""
-    models = summarise(trio.run(_ask, config))
+    name = None
     if model is not None:
         path = Path(model)
         name = as_model_name(path.name if path.is_dir() else model)
-        models = [found for found in models if found["model"] == name]
+    models = summarise(trio.run(_ask, config, name))
     if json_result:
         sys.stdout.write(json.dumps({"models": models}) + "\n")
     else:
@@ -35,11 +35,11 @@ def status(config: NodeConfig, *, model: str | None, json_result: bool) -> int:
     return failures.OK
 
 
-async def _ask(config: NodeConfig) -> Sequence[Announcement]:
+async def _ask(config: NodeConfig, name: str | None) -> Sequence[Announcement]:
     from ..node import Node
 
     async with Node(config) as node:
-        return await node.swarm_view()
+        return await node.swarm_view(name)
 
 
 def summarise(announcements: Iterable[Announcement]) -> list[dict[str, Any]]:

@@ -31,10 +31,9 @@ tags: [bloom, text-generation, demo]
 
 # Demo model: a small BLOOM that writes biblical English
 
-The model every installation carries, so that a swarm can be tried without a download. It was
-trained from nothing, on one desk-sized machine, to write in the manner of the English Bible. It
-writes fluent sentences in that manner and knows nothing else: not a source of facts, of
-scripture or of advice.
+The model every installation carries, so that a swarm can be tried without a download. Trained
+from nothing, in {minutes:g} minutes, on a {cores}-core CPU. It writes sentences in the manner of the
+English Bible and knows nothing else: not a source of facts, of scripture or of advice.
 
 | | |
 |---|---|
@@ -59,11 +58,12 @@ I Esdras, which retell other books, were left out. The weights are under this pr
 
 ## Training
 
-`{command}` on {date}: a {cores}-core {machine} CPU, shared with other work; torch {torch},
-transformers {transformers}, float32, seed {seed}. {tokens:,} tokens seen, {epochs:.1f} epochs,
-in batches of {batch} × {sequence}; Muon for the blocks' matrices, AdamW for the rest. Training
-began with 2 of the 8 blocks and grew to 4 and to 8: a block joins as the identity. The schedule
-follows the clock, so another machine, or another load on it, gives other weights.
+`{command}` on {date}, on a {cores}-core {machine} CPU that had other
+work too, with torch {torch} and transformers {transformers}, in float32. Seed {seed}; {tokens:,}
+tokens seen ({epochs:.1f} epochs) in batches of {batch} × {sequence}. Muon for the blocks' matrices, AdamW
+for the rest. Training began with 2 of the 8 blocks and grew to 4 and to 8: a block joins as the
+identity. The schedule follows the clock, so another machine, or the same one with other things to
+do, gives other weights.
 
 | step | tokens | minutes | blocks | training loss | held-out perplexity |
 |---:|---:|---:|---:|---:|---:|
@@ -103,6 +103,7 @@ def card(folder: pathlib.Path, run: Run, arguments: argparse.Namespace) -> str:
         machine=platform.machine().replace("_", "-"),
         torch=torch.__version__.partition("+")[0],
         transformers=transformers.__version__,
+        minutes=arguments.minutes,
         seed=arguments.seed,
         tokens=best.tokens,
         epochs=best.tokens / run.train_tokens,

@@ -558,6 +558,7 @@ def test_a_closed_session_drops_its_hops_and_hears_nothing_more() -> None:
     ]
     assert state_of(chain) is ChainState.CLOSED
     assert chain.hops == ()
+    assert chain.missing == []  # nobody is to look for a route any more
     assert chain.next_deadline() is None
     for event in (Closed("again"), HopLost("a", "gone"), Ticked(), Routed(hops("d=0:6"))):
         assert chain.receive(event, 0.0) == []

@@ -1,5 +1,7 @@
 """Whatever links and hops do to each other, no row is skipped or computed from wrong inputs."""
 
+import itertools
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -11,7 +13,7 @@ from support.ring_world import MAX_TOKENS, ME, NUM_BLOCKS, RingWorld, reference
 def split(cuts: frozenset[int], whole: Span) -> list[Span]:
     inner = sorted(cut for cut in cuts if whole.start < cut < whole.end)
     bounds = [whole.start, *inner, whole.end]
-    return [Span(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [Span(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 cuts = st.frozensets(st.integers(1, NUM_BLOCKS - 1), max_size=4)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,7 +53,7 @@ class CommandProcess:
         self._queue: queue.Queue[str | None] = queue.Queue()
         self._errors: list[str] = []
         self.process = subprocess.Popen(
-            [*COMMAND, *arguments, "--exit-with-stdin"],
+            [*COMMAND, arguments[0], "--exit-with-stdin", *arguments[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -214,16 +214,6 @@ class ProcessSwarm:
         """The process behind a peer id."""
         return next(node for node in self.nodes if node.peer_id == peer_id)
 
-    def originator(self, model: str | Path | None, **settings: Any) -> NodeConfig:
-        """The configuration of a node in this process that originates in this swarm."""
-        return NodeConfig(
-            model=None if model is None else str(model),
-            serve=False,
-            bootstrap=(self.address,),
-            dtype="float32",
-            **settings,
-        )
-
     def generate(self, model: str | Path, prompt: str, *options: str) -> CommandProcess:
         """Start a ``petals-node generate --json`` in this swarm; killed with it."""
         process = CommandProcess(
@@ -279,3 +269,25 @@ async def figures_until(
 def idle(figures: Figures) -> bool:
     """Whether a node holds nothing for any session."""
     return all(figures[name] == 0 for name in _LOAD)
+
+
+def nothing_left(figures: Figures, before: Figures) -> bool:
+    """Whether a node has neither a session nor a task or a stream that may belong to one."""
+    return idle(figures) and all(figures[name] <= before[name] for name in ("tasks", "streams"))
+
+
+@contextlib.asynccontextmanager
+async def originating(
+    processes: ProcessSwarm, model: str | Path, *, patience: float = 10.0
+) -> AsyncIterator[Node]:
+    """A node in this process that originates in the swarm; with a deadline for all that it does."""
+    config = NodeConfig(
+        model=str(model),
+        serve=False,
+        bootstrap=(processes.address,),
+        dtype="float32",
+        patience=patience,
+    )
+    with trio.fail_after(2 * DEADLINE):
+        async with Node(config) as node:
+            yield node

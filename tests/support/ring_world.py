@@ -165,7 +165,7 @@ class RingWorld:
             elif isinstance(effect, DropHop):
                 del self.relays[effect.peer_id]
                 self.wires.pop(effect.peer_id, None)
-                for wire in [wire for wire in self.wires.values()]:
+                for wire in list(self.wires.values()):
                     if wire.receiver == effect.peer_id:
                         self.cut(wire.sender)
             elif isinstance(effect, LinkFirst):

@@ -1,8 +1,7 @@
 """Whatever route a text takes through real processes: its tokens are those of transformers."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,16 @@ from petals.node.cli.arguments import split_evenly
 from petals.node.node import Node
 from petals.node.originate import Generation
 from petals.protocol.span import Span
-from support.processes import Figures, ProcessSwarm, figures_until, idle, run_command, swarm
+from support.processes import (
+    Figures,
+    ProcessSwarm,
+    figures_until,
+    idle,
+    nothing_left,
+    originating,
+    run_command,
+    swarm,
+)
 from support.reference import ReferenceModel
 
 GREEDY = SamplingParams(max_new_tokens=24)
@@ -61,12 +69,6 @@ class ServedModel:
             decoded = self.model.tokenizer.decode(result.token_ids, skip_special_tokens=True)
             assert result.text == decoded
 
-    @asynccontextmanager
-    async def originator(self) -> AsyncIterator[Node]:
-        """A node in this process that originates."""
-        async with Node(self.swarm.originator(self.model.name)) as node:
-            yield node
-
 
 @pytest.fixture(
     scope="module",
@@ -90,13 +92,13 @@ async def generate(node: Node, job: Job, model: ReferenceModel) -> list[Generati
 
 
 async def test_each_alone(served: ServedModel) -> None:
-    async with served.originator() as node:
+    async with originating(served.swarm, served.model.name) as node:
         for job in JOBS.values():
             served.check(job, await generate(node, job, served.model))
 
 
 async def test_all_at_once_through_the_same_hops(served: ServedModel) -> None:
-    async with served.originator() as node:
+    async with originating(served.swarm, served.model.name) as node:
         handles = [
             (job, await node.submit(list(job.prompts(served.model)), job.params))
             for job in [*JOBS.values(), *JOBS.values()]
@@ -119,7 +121,7 @@ def test_a_program_without_trio(served: ServedModel) -> None:
 
 
 PROMPTS = (SENTENCE, "x", "And they went up,", "Thus saith the LORD of hosts unto you all: Go")
-LONG = SamplingParams(max_new_tokens=500)
+LONG = SamplingParams(max_new_tokens=350)
 """Long enough that four processes that were started together run at the same time."""
 
 
@@ -129,7 +131,7 @@ async def test_four_originators_at_once_leave_nothing_behind(
     model = random_bloom
     spans = ("0:3", "3:6", "6:8")
     nodes = tmp_swarm.serve(model.name, *spans, options=["--dtype", "float32"])
-    async with Node(tmp_swarm.originator(model.name)) as observer:
+    async with originating(tmp_swarm, model.name) as observer:
         await observer.generate(SENTENCE, GREEDY)  # so that the hops are connected to one another
         before = [await figures_until(observer, node, idle) for node in nodes]
         unloaded = await peers_by_status(tmp_swarm)
@@ -140,8 +142,13 @@ async def test_four_originators_at_once_leave_nothing_behind(
             tmp_swarm.generate(model.name, prompt, "--max-new-tokens", str(LONG.max_new_tokens))
             for prompt in PROMPTS
         ]
+
+        def all_at_work(figures: Figures) -> bool:
+            assert all(originator.running for originator in originators), "one has ended already"
+            return figures["sessions"] == 4
+
         for node in nodes:
-            await figures_until(observer, node, lambda figures: figures["sessions"] == 4)
+            await figures_until(observer, node, all_at_work)
         loaded = await peers_by_status(tmp_swarm)
         for peer_id, peer in loaded.items():
             assert peer["sessions"] > 0
@@ -160,11 +167,6 @@ async def test_four_originators_at_once_leave_nothing_behind(
             peer_id: peer["cache_tokens_left"]
             for peer_id, peer in (await peers_by_status(tmp_swarm)).items()
         } == {peer_id: peer["cache_tokens_left"] for peer_id, peer in unloaded.items()}
-
-
-def nothing_left(figures: Figures, before: Figures) -> bool:
-    """Whether a node has neither a session nor anything that once belonged to one."""
-    return idle(figures) and all(figures[name] <= before[name] for name in ("tasks", "streams"))
 
 
 async def peers_by_status(processes: ProcessSwarm) -> dict[str, dict[str, Any]]:

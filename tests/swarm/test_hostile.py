@@ -1,0 +1,509 @@
+"""Strangers who send a live node whatever they like: it says no, stays up, and serves the others.
+
+Every test leaves the nodes as it found them, by their own statistics, and while the strangers are
+at it an honest originator generates through the same nodes, exactly.
+"""
+
+import dataclasses
+import itertools
+import random  # noqa: TID251 - tests throw dice with known seeds
+import struct
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgpack
+import pytest
+import trio
+from petals.inference.sampling_params import SamplingParams
+from petals.node.identity import new_identity
+from petals.node.libp2p_network import Libp2pNetwork, open_network
+from petals.node.network import Stream
+from petals.protocol.announcement import Announcement
+from petals.protocol.checks import MAX_FRAME
+from petals.protocol.codec import FrameDecoder, encode
+from petals.protocol.errors import ErrorCode, PeerError
+from petals.protocol.frames import (
+    DESCRIBE_PROTOCOL,
+    PROTOCOL_VERSION,
+    SESSION_PROTOCOL,
+    Close,
+    Describe,
+    Description,
+    Failed,
+    Frame,
+    Hello,
+    Link,
+    Open,
+    Output,
+    Peer,
+    Probe,
+    Ready,
+    Refused,
+    Relink,
+    Resume,
+    State,
+    Step,
+)
+from petals.protocol.span import Span
+from petals.protocol.tensor import DType, WireTensor
+from support.memory_network import expiring_merge
+from support.networks import WallClock
+from support.processes import (
+    DEADLINE,
+    ProcessSwarm,
+    ServingNode,
+    figures_until,
+    idle,
+    nothing_left,
+    originating,
+    swarm,
+)
+from support.reference import ReferenceModel
+
+HELLO = Hello(PROTOCOL_VERSION, "stranger")
+PROMPT = "Beware of strangers, saith the preacher, who come by night"
+PARAMS = SamplingParams(max_new_tokens=16)
+ABANDONED = 200
+
+
+@pytest.fixture(scope="module")
+def processes(
+    random_bloom: ReferenceModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ProcessSwarm]:
+    with swarm(tmp_path_factory.mktemp("swarm")) as running:
+        running.serve(random_bloom.name, "0:4", "4:8")
+        yield running
+
+
+@dataclasses.dataclass
+class Attack:
+    """A live node and what strangers need to know to talk to it."""
+
+    processes: ProcessSwarm
+    node: ServingNode
+    """Serves 0:4."""
+    announcement: Announcement
+    hidden_size: int
+    _session: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+
+    @asynccontextmanager
+    async def stranger(self) -> AsyncIterator["Stranger"]:
+        """A peer that nobody knows, connected to the node."""
+        async with open_network(
+            new_identity(), merge=expiring_merge, clock=WallClock(), bootstrap=[self.node.multiaddr]
+        ) as network:
+            yield Stranger(network, self)
+
+    def opening(self, stranger: "Stranger", **changes: Any) -> Open:
+        """An ``open`` that the node would take, of a session that no other has; then changed."""
+        return dataclasses.replace(
+            Open(
+                session=next(self._session).to_bytes(16, "big"),
+                epoch=1,
+                model=self.announcement.model,
+                span=Span(0, 4),
+                predecessor=stranger.network.peer_id,
+                successor=None,
+                batch=1,
+                padding=(0,),
+                max_tokens=8,
+                wire_dtype=DType.FLOAT32,
+            ),
+            **changes,
+        )
+
+    def step(self, rows: int = 1, **changes: Any) -> Step:
+        """A step that a session of ``opening`` would take as its first; then changed."""
+        return dataclasses.replace(Step(0, 0, 0, 0, 0, self.hidden(1, rows)), **changes)
+
+    def hidden(self, *shape: int, value: float = 0.5, dtype: DType = DType.FLOAT32) -> WireTensor:
+        """Hidden states: [*shape, hidden_size], all the same."""
+        full = (*shape, self.hidden_size)
+        size = 1
+        for length in full:
+            size *= length
+        one = struct.pack("<f" if dtype is DType.FLOAT32 else "<e", value)
+        return WireTensor(dtype, full, one * size)
+
+
+@dataclasses.dataclass
+class Stranger:
+    """Sends bytes to the node under attack, and reads what it answers."""
+
+    network: Libp2pNetwork
+    attack: Attack
+
+    async def stream(self, protocol: str = SESSION_PROTOCOL) -> "RawStream":
+        """A new stream to the node; nothing is said on it yet."""
+        node = self.attack.node
+        return RawStream(await self.network.open_stream(node.peer_id, [node.multiaddr], protocol))
+
+    async def ask(self, data: bytes, protocol: str = SESSION_PROTOCOL) -> list[Frame]:
+        """Send ``data`` on a stream of its own; every frame that comes back until its end."""
+        stream = await self.stream(protocol)
+        await stream.send(data)
+        return await stream.rest()
+
+    async def session(self, opening: Open) -> "RawStream":
+        """Open a session; its control stream."""
+        control = await self.stream()
+        await control.send(said(HELLO, opening))
+        assert isinstance(await control.frame(), Ready)
+        return control
+
+    async def link(self, opening: Open) -> "RawStream":
+        """Link to a session that was opened; the node has said what it holds."""
+        stream = await self.stream()
+        await stream.send(said(HELLO, Link(opening.session, opening.epoch)))
+        assert isinstance(await stream.frame(), Resume)
+        return stream
+
+
+class RawStream:
+    """A stream of which every frame and the end are read with a deadline."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._decoder = FrameDecoder()
+        self._frames: list[Frame] = []
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes. The node may have closed the stream half-way, which is an answer, too."""
+        try:
+            for start in range(0, len(data), 50_000):
+                await self._stream.send([data[start : start + 50_000]])
+        except PeerError:
+            return
+
+    async def frame(self) -> Frame | None:
+        """The next frame but for hello; None at the end, however it came."""
+        with trio.fail_after(DEADLINE):
+            while True:
+                while not self._frames:
+                    try:
+                        data = await self._stream.receive()
+                    except PeerError:
+                        return None
+                    if not data:
+                        return None
+                    self._frames += self._decoder.feed(data)
+                frame = self._frames.pop(0)
+                if not isinstance(frame, Hello):
+                    return frame
+
+    async def rest(self) -> list[Frame]:
+        """Every frame until the end; then the stream is closed."""
+        frames = []
+        while (frame := await self.frame()) is not None:
+            frames.append(frame)
+        await self.close()
+        return frames
+
+    async def close(self) -> None:
+        """Close it without a word."""
+        await self._stream.close()
+
+
+def said(*frames: Frame) -> bytes:
+    """The bytes of some frames."""
+    return b"".join(bytes(buffer) for frame in frames for buffer in encode(frame))
+
+
+def framed(body: bytes) -> bytes:
+    """Some bytes as the body of a frame."""
+    return len(body).to_bytes(4, "big") + body
+
+
+def raw(frame: Frame, **changes: Any) -> bytes:
+    """The bytes of a frame with changes to its header that ``encode`` would not let through."""
+    body = said(frame)[4:]
+    unpacked = msgpack.unpackb(body)
+    unpacked[0] |= changes
+    return framed(msgpack.packb(unpacked))
+
+
+def rejection(frames: Sequence[Frame]) -> tuple[ErrorCode, str]:
+    """How the node said no, which is all that it said."""
+    [frame] = frames
+    assert isinstance(frame, Refused | Failed), frame
+    assert frame.reason
+    return frame.code, frame.reason
+
+
+@pytest.fixture
+async def attack(random_bloom: ReferenceModel, processes: ProcessSwarm) -> AsyncIterator[Attack]:
+    """A node to be attacked while an honest originator uses it; unharmed in the end."""
+    model = random_bloom
+    expected = model.generate((PROMPT,), PARAMS)
+    async with originating(processes, model.name) as honest:
+        assert [list((await honest.generate(PROMPT, PARAMS)).token_ids)] == expected
+        before = [await figures_until(honest, node, idle) for node in processes.nodes]
+        announcement, _ = await honest.describe(processes.nodes[0].peer_id)
+        assert announcement is not None
+
+        over = False
+        texts = 0
+
+        async def generate_all_the_time() -> None:
+            nonlocal texts
+            while not over or texts == 0:
+                result = await honest.generate(PROMPT, PARAMS)
+                assert [list(result.token_ids)] == expected
+                assert result.recoveries == 0
+                texts += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generate_all_the_time)
+            hidden_size = int(model.model.config.hidden_size)
+            yield Attack(processes, processes.nodes[0], announcement, hidden_size)
+            over = True
+        for node, old in zip(processes.nodes, before, strict=True):
+            await figures_until(honest, node, lambda figures, old=old: nothing_left(figures, old))
+            assert node.running
+            assert "Traceback" not in node.errors
+
+
+async def test_bytes_that_are_no_frames(attack: Attack) -> None:
+    dice = random.Random(2)
+    junk = [dice.randbytes(dice.choice([5, 100, 5_000, 200_000])) for _ in range(20)]
+    junk += [said(HELLO) + bytes_ for bytes_ in junk[:10]]
+    bombs = [
+        (MAX_FRAME + 1).to_bytes(4, "big") + b"\x91",
+        b"\xff\xff\xff\xff",
+        framed(b""),
+        framed(b"\xc1" * 100),
+        framed(b"\x91" * 10_000),  # nested ever deeper
+        framed(b"\x91\xdf\xff\xff\xff\xff"),  # a map of four thousand million
+        framed(b"\x91\xdb\xff\xff\xff\xff"),  # a text of as many bytes
+        framed(b"\x91\xc9\xff\xff\xff\xff\x01"),  # an extension of as many
+        framed(msgpack.packb([{"kind": "hello"}])),
+        framed(msgpack.packb([{"kind": ["hello"]}])),
+        framed(msgpack.packb([{"kind": "surprise"}])),
+        framed(msgpack.packb([{"kind": "close", "reason": 5}])),
+        said(Close("x"))[:-1] + b"",
+        said(HELLO) + framed(msgpack.packb(["hello"])),
+        said(HELLO) + framed(msgpack.packb([{"kind": "step", "tensors": [["float32", [1], "?"]]}])),
+        said(HELLO) + said(attack.step())[:-1] + b"",
+        said(HELLO) + framed(said(attack.step())[4:-1]),
+        said(HELLO) + framed(said(attack.step())[4:] + b"x"),
+        raw(Hello(1, "x"), tensors=[["float32", [1 << 40], "none"]]),
+    ]
+    async with attack.stranger() as stranger, trio.open_nursery() as nursery:
+
+        async def throw(data: bytes, protocol: str) -> None:
+            for frame in await stranger.ask(data, protocol):
+                assert isinstance(frame, Refused | Failed), frame
+                assert frame.reason
+
+        for data in junk + bombs:
+            nursery.start_soon(throw, data, SESSION_PROTOCOL)
+            nursery.start_soon(throw, data, DESCRIBE_PROTOCOL)
+
+
+async def test_bytes_that_are_not_even_the_transport(attack: Attack) -> None:
+    dice = random.Random(3)
+    port = int(attack.node.multiaddr.split("/")[4])
+    for data in (b"GET / HTTP/1.1\r\n\r\n", dice.randbytes(100_000), b"\x13/multistream/1.0.0\n"):
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        async with stream:
+            await stream.send_all(data)
+
+
+async def test_frames_cut_off(attack: Attack) -> None:
+    """A stream that ends in mid-frame is not waited for; what was opened on it is closed."""
+    async with attack.stranger() as stranger:
+        opening = attack.opening(stranger)
+        for data in (
+            b"\x00\x00",
+            said(HELLO)[:-2],
+            said(HELLO, opening)[:-10],
+            said(HELLO, opening, Probe(1))[:-1],
+        ):
+            stream = await stranger.stream()
+            await stream.send(data)
+            await stream.close()
+
+
+async def test_kinds_and_orders_that_make_no_sense(attack: Attack) -> None:
+    async with attack.stranger() as stranger:
+        opening = attack.opening(stranger)
+        link, hidden = Link(opening.session, 1), attack.hidden(1, 1)
+        for data, words in [
+            (said(link), "before hello"),
+            (said(attack.step()), "before hello"),
+            (said(Hello(PROTOCOL_VERSION + 1, "99.0")), "update the older"),
+            (said(HELLO, HELLO), "begins with open or link, not hello"),
+            (said(HELLO, attack.step()), "not step"),
+            (said(HELLO, Output(0, 0, hidden)), "not output"),
+            (said(HELLO, Ready(1, 5)), "not ready"),
+            (said(HELLO, Describe()), "not describe"),
+            (raw(opening, epoch=-1), "epoch"),
+            (said(HELLO) + raw(opening, session=b"short"), "open.session must be 16 to 16 bytes"),
+            (said(HELLO) + raw(opening, batch=65), "open.batch"),
+            (said(HELLO) + raw(opening, batch=True), "open.batch"),
+            (said(HELLO) + raw(opening, padding=[-1]), "open.padding"),
+            (said(HELLO) + raw(opening, span=[4, 4]), "open.span"),
+            (said(HELLO) + raw(opening, max_tokens=1 << 40), "open.max_tokens"),
+            (said(HELLO) + raw(opening, wire_dtype="float64"), "open.wire_dtype"),
+            (said(HELLO) + raw(opening, model=None), "open.model"),
+        ]:
+            code, reason = rejection(await stranger.ask(data))
+            assert code is ErrorCode.PROTOCOL
+            assert words in reason
+        code, reason = rejection(await stranger.ask(said(HELLO, opening), DESCRIBE_PROTOCOL))
+        assert (code, reason) == (ErrorCode.PROTOCOL, "ask with a describe frame")
+
+
+async def test_sessions_that_cannot_be(attack: Attack) -> None:
+    async with attack.stranger() as stranger:
+        left = attack.announcement.cache_tokens_left
+        changes: list[tuple[dict[str, Any], ErrorCode, str]] = [
+            ({"model": "0" * 64}, ErrorCode.WRONG_MODEL, "not 000000000000"),
+            ({"span": Span(4, 8)}, ErrorCode.WRONG_SPAN, "serves blocks 0:4, not 4:8"),
+            ({"span": Span(3, 5)}, ErrorCode.WRONG_SPAN, "serves blocks 0:4, not 3:5"),
+            ({"span": Span(0, 9999)}, ErrorCode.WRONG_SPAN, "serves blocks 0:4"),
+            ({"batch": 3}, ErrorCode.BAD_REQUEST, "a batch of 3 needs as many paddings"),
+            ({"padding": ()}, ErrorCode.BAD_REQUEST, "a batch of 1 needs as many paddings"),
+            ({"padding": (8,)}, ErrorCode.BAD_REQUEST, "each below max_tokens"),
+            ({"max_tokens": left + 1}, ErrorCode.BUSY, f"this node has only {left} in all"),
+            ({"batch": 64, "padding": (0,) * 64, "max_tokens": left // 2}, ErrorCode.BUSY, "cache"),
+        ]
+        for change, code, words in changes:
+            opening = attack.opening(stranger, **change)
+            said_no = rejection(await stranger.ask(said(HELLO, opening)))
+            assert said_no[0] is code
+            assert words in said_no[1]
+
+
+async def test_steps_that_cannot_be(attack: Attack) -> None:
+    """Each ends its link, and the originator is told; other sessions go on."""
+    hidden = attack.hidden
+    flat = WireTensor(DType.FLOAT32, (attack.hidden_size,), bytes(4 * attack.hidden_size))
+    narrow = WireTensor(DType.FLOAT32, (1, 1, 7), bytes(28))
+    async with attack.stranger() as stranger:
+        for data, words in [
+            (said(attack.step(hidden=flat)), "hidden states must be float32 [1, rows, "),
+            (said(attack.step(hidden=narrow)), "hidden states must be"),
+            (said(attack.step(hidden=hidden(2, 1))), "hidden states must be"),
+            (said(attack.step(hidden=hidden(1, 1, 1))), "hidden states must be"),
+            (said(attack.step(hidden=hidden(1, 1, dtype=DType.FLOAT16))), "got float16"),
+            (said(attack.step(rows=9)), "in a session of 8 tokens"),
+            (said(attack.step(position=8)), "in a session of 8 tokens"),
+            (said(Probe(1)), "probe has no place on a link"),
+            (said(attack.opening(stranger)), "open has no place on a link"),
+            (b"\xff" * 100, "is over"),
+        ]:
+            opening = attack.opening(stranger)
+            control = await stranger.session(opening)
+            link = await stranger.link(opening)
+            await link.send(data)
+            code, reason = rejection(await link.rest())
+            told = await control.frame()
+            assert isinstance(told, Failed)
+            assert told.peer_id == stranger.network.peer_id
+            assert code is told.code is ErrorCode.PROTOCOL
+            assert words in reason
+            assert words in told.reason
+            await control.send(said(Close("over")))
+            assert await control.rest() == []
+
+
+async def test_a_step_too_far_is_answered_with_where_the_hop_is(attack: Attack) -> None:
+    async with attack.stranger() as stranger:
+        opening = attack.opening(stranger)
+        control = await stranger.session(opening)
+        link = await stranger.link(opening)
+        await link.send(said(attack.step(position=5, link=1)))
+        resume = await link.frame()
+        assert isinstance(resume, Resume)
+        assert resume.position == 0
+        await control.send(said(Probe(7)))
+        state = await control.frame()
+        assert isinstance(state, State)
+        assert (state.nonce, state.position, state.produced) == (7, 0, 0)
+        await link.close()
+        await control.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+async def test_hidden_states_that_cannot_be_computed(attack: Attack, value: float) -> None:
+    async with attack.stranger() as stranger:
+        opening = attack.opening(stranger)
+        control = await stranger.session(opening)
+        link = await stranger.link(opening)
+        await link.send(said(attack.step(hidden=attack.hidden(1, 3, value=value), link=1)))
+        code, reason = rejection(await control.rest())
+        assert code is ErrorCode.COMPUTE
+        assert "NaN or infinity" in reason
+        await link.rest()
+
+
+async def test_sessions_of_others(attack: Attack) -> None:
+    """Who was not named may not link, nor open, nor end what another has opened."""
+    async with attack.stranger() as owner, attack.stranger() as thief:
+        opening = attack.opening(owner)
+        control = await owner.session(opening)
+        stolen = dataclasses.replace(opening, predecessor=thief.network.peer_id, epoch=9)
+        code, _ = rejection(await thief.ask(said(HELLO, stolen)))
+        assert code is ErrorCode.BAD_REQUEST
+        code, _ = rejection(await owner.ask(said(HELLO, opening)))
+        assert code is ErrorCode.BAD_REQUEST
+        async with trio.open_nursery() as nursery:  # some of these are waited for, for a while
+
+            async def link(session: bytes, epoch: int) -> None:
+                frames = await thief.ask(said(HELLO, Link(session, epoch), attack.step()))
+                assert rejection(frames)[0] is ErrorCode.UNKNOWN_SESSION
+
+            nursery.start_soon(link, opening.session, opening.epoch)
+            nursery.start_soon(link, opening.session, opening.epoch + 1)
+            nursery.start_soon(link, bytes(16), 0)
+        await control.send(said(Probe(1)))
+        state = await control.frame()
+        assert isinstance(state, State)
+        assert state.position == 0
+        await control.close()
+
+
+async def test_what_has_no_place_on_a_control_stream(attack: Attack) -> None:
+    async with attack.stranger() as stranger:
+        for frame in (HELLO, attack.step(), attack.opening(stranger), Describe()):
+            control = await stranger.session(attack.opening(stranger))
+            await control.send(said(frame))
+            code, reason = rejection(await control.rest())
+            assert code is ErrorCode.PROTOCOL
+            assert f"{frame.KIND} has no place on a control stream" in reason
+
+
+async def test_a_successor_that_is_not_there_is_blamed(attack: Attack) -> None:
+    nobody = new_identity().peer_id
+    async with attack.stranger() as stranger:
+        control = await stranger.session(attack.opening(stranger))
+        successor = Peer(nobody, ("/ip4/127.0.0.1/tcp/9", "nonsense"))
+        await control.send(said(Relink(2, stranger.network.peer_id, successor)))
+        told = await control.frame()
+        assert isinstance(told, Failed)
+        assert (told.code, told.peer_id) == (ErrorCode.UNREACHABLE, nobody)
+        await control.close()
+
+
+async def test_hundreds_of_abandoned_sessions(attack: Attack) -> None:
+    """Left without a word, one stream after another or with the whole connection."""
+    async with attack.stranger() as stranger, attack.stranger() as observer:
+        controls = [await stranger.session(attack.opening(stranger)) for _ in range(ABANDONED // 2)]
+        async with attack.stranger() as leaving:
+            for _ in range(ABANDONED // 2):
+                await leaving.session(attack.opening(leaving))
+            assert await sessions_at(attack, observer) >= ABANDONED
+        for control in controls:
+            await control.close()
+
+
+async def sessions_at(attack: Attack, stranger: Stranger) -> int:
+    """How many sessions the node says that it has."""
+    stream = await stranger.stream(DESCRIBE_PROTOCOL)
+    await stream.send(said(HELLO, Describe()))
+    described = await stream.frame()
+    await stream.close()
+    assert isinstance(described, Description)
+    return int(described.figures["sessions"])
