@@ -382,18 +382,19 @@ class GenerationHandle:
             for text, tokens, reason in zip(self._texts, self._new, self._reasons, strict=True)
         ]
 
-    async def __aiter__(self) -> AsyncIterator[str]:
+    def __aiter__(self) -> AsyncIterator[str]:
         """The text of the (first) prompt as it comes. Raises what made it fail."""
-        read = 0
-        while True:
-            while read < len(self._pieces):
-                read += 1
-                yield self._pieces[read - 1]
+        return _Pieces(self)
+
+    async def piece(self, number: int) -> str | None:
+        """A piece of that text, once it is there; None when it has ended before."""
+        while number >= len(self._pieces):
+            if self._error is not None and self._state.final:
+                raise self._error
             if self._state.final:
-                break
+                return None
             await self._changed.wait()
-        if self._error is not None:
-            raise self._error
+        return self._pieces[number]
 
     async def run(self) -> None:
         """Do it; a task of whoever submitted it. Never raises but for being cancelled."""
@@ -470,3 +471,21 @@ class GenerationHandle:
         if tokens == 1:
             return 1 / max(self._first - self._created, 1e-9)
         return (tokens - 1) / max(self._latest - self._first, 1e-9)
+
+
+class _Pieces:
+    """An iteration over a handle's text. No generator, so that it can be left at any time."""
+
+    def __init__(self, handle: GenerationHandle) -> None:
+        self._handle = handle
+        self._next = 0
+
+    def __aiter__(self) -> "_Pieces":
+        return self
+
+    async def __anext__(self) -> str:
+        piece = await self._handle.piece(self._next)
+        if piece is None:
+            raise StopAsyncIteration
+        self._next += 1
+        return piece

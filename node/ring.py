@@ -363,7 +363,7 @@ class Ring:
             try:
                 hops = await self._plan(missing, fresh=fresh)
             except NoRoute as error:
-                if trio.current_time() >= give_up:
+                if fresh and trio.current_time() >= give_up:
                     self._error = error
                     self._changed.notify()
                     await trio.sleep_forever()

@@ -222,8 +222,8 @@ def test_after_a_rewind_rows_that_are_still_wanted_come_back_again() -> None:
     hop = last_hop()
     run(hop, step("abcd", want_from=0))
     assert hop.next_outgoing(10) == output("ABCD", 0)
-    run(hop, step("x", 3, sequence=1, rewind=1, want_from=1))
-    assert hop.next_outgoing(10) == output("BCX", 1, rewind=1)
+    run(hop, step("x", 3, sequence=1, rewind=1, want_from=0))
+    assert hop.next_outgoing(10) == output("ABCX", 0, rewind=1)
 
 
 def test_a_batch_comes_back_as_a_batch() -> None:
@@ -320,12 +320,12 @@ def test_a_hop_that_becomes_the_last_returns_what_is_wanted() -> None:
 
 def test_a_hop_that_is_the_last_again_returns_again_what_is_wanted() -> None:
     hop = last_hop()
-    run(hop, step("abc", want_from=1))
-    assert hop.next_outgoing(10) == output("BC", 1)
+    run(hop, step("abc", want_from=0))
+    assert hop.next_outgoing(10) == output("ABC", 0)
     hop.receive(Relink(2, "before", Peer("after")), 0.0)
     assert hop.next_outgoing(10) is None
     hop.receive(Relink(3, "before", None), 0.0)
-    assert hop.next_outgoing(10) == output("BC", 1)
+    assert hop.next_outgoing(10) == output("ABC", 0)
 
 
 # --- who lives ------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def check(frame: Open, *, max_rows: int = 100) -> None:
 
 
 def test_a_hop_takes_part_in_what_it_serves() -> None:
-    check(opened(span=Span(2, 6)))
+    check(opened(span=Span(2, 6)), max_rows=1)
     check(opened(span=Span(3, 4), batch=2, padding=(0, 7), max_tokens=8))
 
 
@@ -391,9 +391,9 @@ def test_a_hop_takes_part_in_what_it_serves() -> None:
             "a batch of 2 needs as many paddings, each below max_tokens",
         ),
         (
-            opened(padding=(8,), max_tokens=8),
+            opened(batch=2, padding=(0, 8), max_tokens=8),
             ErrorCode.BAD_REQUEST,
-            "a batch of 1 needs as many paddings, each below max_tokens",
+            "a batch of 2 needs as many paddings, each below max_tokens",
         ),
     ],
 )

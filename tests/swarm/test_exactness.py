@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import petals
@@ -162,7 +163,7 @@ async def test_four_originators_at_once_leave_nothing_behind(
             assert result["recoveries"] == 0
 
         for node, old in zip(nodes, before, strict=True):
-            await figures_until(observer, node, lambda figures, old=old: nothing_left(figures, old))
+            await figures_until(observer, node, partial(nothing_left, before=old))
         assert {
             peer_id: peer["cache_tokens_left"]
             for peer_id, peer in (await peers_by_status(tmp_swarm)).items()

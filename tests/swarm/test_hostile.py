@@ -10,6 +10,7 @@ import random  # noqa: TID251 - tests throw dice with known seeds
 import struct
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -20,7 +21,7 @@ from petals.node.identity import new_identity
 from petals.node.libp2p_network import Libp2pNetwork, open_network
 from petals.node.network import Stream
 from petals.protocol.announcement import Announcement
-from petals.protocol.checks import MAX_FRAME
+from petals.protocol.checks import MAX_FRAME, Peer
 from petals.protocol.codec import FrameDecoder, encode
 from petals.protocol.errors import ErrorCode, PeerError
 from petals.protocol.frames import (
@@ -36,7 +37,6 @@ from petals.protocol.frames import (
     Link,
     Open,
     Output,
-    Peer,
     Probe,
     Ready,
     Refused,
@@ -259,7 +259,7 @@ async def attack(random_bloom: ReferenceModel, processes: ProcessSwarm) -> Async
             yield Attack(processes, processes.nodes[0], announcement, hidden_size)
             over = True
         for node, old in zip(processes.nodes, before, strict=True):
-            await figures_until(honest, node, lambda figures, old=old: nothing_left(figures, old))
+            await figures_until(honest, node, partial(nothing_left, before=old))
             assert node.running
             assert "Traceback" not in node.errors
 
