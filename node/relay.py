@@ -317,6 +317,7 @@ class Relay:
 
     async def _run_link(self, session: RelayedSession, successor: Peer, rows: int) -> None:
         """One life of the link; always ends in PeerError or RemoteProtocolError."""
+        session.receive(SuccessorLost())  # whatever the link before this one has still said
         stream = await open_frame_stream(
             self._network, successor.peer_id, successor.multiaddrs, SESSION_PROTOCOL, self._hello
         )

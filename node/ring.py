@@ -318,7 +318,7 @@ class Ring:
                     async with open_flat_nursery() as nursery:
                         nursery.start_soon(self._send_steps, stream)
                         while True:
-                            await self._read_link(peer, await stream.receive())
+                            self._take_link_frame(peer, await stream.receive(), scope)
                 finally:
                     await stream.close()
             except (PeerError, RemoteProtocolError) as error:
@@ -326,9 +326,10 @@ class Ring:
             logger.info("link to first hop %s broke: %s", peer.peer_id, reason)
             self._receive(HopLost(peer.peer_id, reason))
 
-    async def _read_link(self, peer: Peer, frame: Frame | None) -> None:
+    def _take_link_frame(self, peer: Peer, frame: Frame | None, scope: trio.CancelScope) -> None:
         if isinstance(frame, Resume):
-            self._receive(frame)
+            if scope is self._link_scope:  # else it speaks of a link that has been replaced
+                self._receive(frame)
         elif isinstance(frame, Refused | Failed):
             raise PeerError(frame.reason, code=frame.code, peer_id=peer.peer_id)
         else:
