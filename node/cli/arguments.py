@@ -107,7 +107,7 @@ def listen_addresses(given: Sequence[str] | None) -> tuple[str, ...]:
 def check_data_dir(path: Path) -> Path:
     """Make the data directory if need be, and make sure that it can be written to."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"cannot make the data directory {path}: {error.strerror}; choose another with "

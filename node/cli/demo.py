@@ -27,7 +27,7 @@ from .processes import Child, child
 
 _LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
-_REPETITION_PENALTY = 1.2
+_REPETITION_PENALTY = 1.3
 """Greedy text of a small model goes round in circles without."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

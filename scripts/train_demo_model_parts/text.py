@@ -126,7 +126,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[torch.Tensor]:
     """Documents, each closed by the end token."""
     end = tokenizer.eos_token_id
-    return [torch.tensor([*tokenizer(text)["input_ids"], end]) for text in texts]
+    return [torch.tensor([*tokenizer(text, verbose=False)["input_ids"], end]) for text in texts]
 
 
 def rows(documents: list[torch.Tensor], offset: int = 0) -> torch.Tensor:

@@ -390,6 +390,8 @@ async def test_steps_that_cannot_be(attack: Attack) -> None:
             (said(attack.step(hidden=hidden(1, 1, dtype=DType.FLOAT16))), "got float16"),
             (said(attack.step(rows=9)), "in a session of 8 tokens"),
             (said(attack.step(position=8)), "in a session of 8 tokens"),
+            (said(attack.step(position=5)), "at position 5 where 0 comes next"),
+            (said(attack.step(rewind=1, position=5)), "rewind 1 starts at 5, beyond 0"),
             (said(Probe(1)), "probe has no place on a link"),
             (said(attack.opening(stranger)), "open has no place on a link"),
             (b"\xff" * 100, "is over"),
@@ -409,19 +411,21 @@ async def test_steps_that_cannot_be(attack: Attack) -> None:
             assert await control.rest() == []
 
 
-async def test_a_step_too_far_is_answered_with_where_the_hop_is(attack: Attack) -> None:
+async def test_a_step_out_of_order_is_answered_with_where_the_hop_is(attack: Attack) -> None:
     async with attack.stranger() as stranger:
         opening = attack.opening(stranger)
         control = await stranger.session(opening)
         link = await stranger.link(opening)
-        await link.send(said(attack.step(position=5, link=1)))
+        await link.send(said(attack.step(sequence=3), attack.step(link=5)))
         resume = await link.frame()
-        assert isinstance(resume, Resume)
-        assert resume.position == 0
+        assert resume == Resume(link=1, position=0, rewind=0)
         await control.send(said(Probe(7)))
         state = await control.frame()
-        assert isinstance(state, State)
-        assert (state.nonce, state.position, state.produced) == (7, 0, 0)
+        assert state == State(nonce=7, position=0, produced=0, successor_linked=False)
+        await link.send(said(attack.step(rows=2, link=1)))
+        output = await control.frame()
+        assert isinstance(output, Output)
+        assert output.hidden.shape == (1, 2, attack.hidden_size)
         await link.close()
         await control.close()
 
@@ -432,7 +436,7 @@ async def test_hidden_states_that_cannot_be_computed(attack: Attack, value: floa
         opening = attack.opening(stranger)
         control = await stranger.session(opening)
         link = await stranger.link(opening)
-        await link.send(said(attack.step(hidden=attack.hidden(1, 3, value=value), link=1)))
+        await link.send(said(attack.step(hidden=attack.hidden(1, 3, value=value))))
         code, reason = rejection(await control.rest())
         assert code is ErrorCode.COMPUTE
         assert "NaN or infinity" in reason
