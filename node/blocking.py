@@ -40,14 +40,18 @@ class GenerationHandle:
         return self._client._call_sync(self._handle.status)
 
     def result(self, timeout: float | None = None) -> Generation:
-        """What came out, when it has ended. Raises what made it fail.
+        """What came out (of the first prompt), when it has ended. Raises what made it fail.
 
         ``timeout`` is in seconds; TimeoutError when it passes (the generation goes on).
         """
+        return self.results(timeout)[0]
 
-        async def wait() -> Generation:
+    def results(self, timeout: float | None = None) -> list[Generation]:
+        """What came out of every prompt. As ``result``."""
+
+        async def wait() -> list[Generation]:
             with trio.fail_after(float("inf") if timeout is None else timeout):
-                return await self._handle.result()
+                return await self._handle.results()
 
         try:
             return self._client._call(wait)

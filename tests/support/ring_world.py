@@ -25,7 +25,8 @@ from petals.protocol.chain import (
     SessionTerms,
 )
 from petals.protocol.chain import Effect as ChainEffect
-from petals.protocol.frames import Open, Output, Peer, Resume, Step
+from petals.protocol.checks import Peer
+from petals.protocol.frames import Open, Output, Resume, Step
 from petals.protocol.hop import (
     Compute,
     Computed,

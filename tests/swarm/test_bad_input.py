@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trio
 from petals.inference.sampling_params import SamplingParams
 from petals.protocol.errors import NoRoute
 from safetensors.torch import load_file, save_file
@@ -132,7 +133,7 @@ async def test_a_node_leaves_in_time_while_a_session_runs(
         async for _ in handle:
             break
         node.send_signal(number)
-        assert node.wait(LEAVE_DEADLINE) == 0, node.errors
+        assert await trio.to_thread.run_sync(node.wait, LEAVE_DEADLINE) == 0, node.errors
         assert await originator.swarm_view() == []  # it said so, nobody waits for its expiry
         with pytest.raises(NoRoute, match="0:8"):
             await handle.result()
