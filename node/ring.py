@@ -384,7 +384,7 @@ class Ring:
         try:
             return await self._fill(missing, used, fresh=fresh)
         except NoRoute:
-            if not used:
+            if not used or not fresh:
                 raise
         hops = await self._fill([Span(0, self._terms.num_blocks)], frozenset(), fresh=False)
         for peer_id in used:
