@@ -29,7 +29,8 @@ from ..protocol.swarm import Swarm
 from . import describe
 from .config import NodeConfig
 from .identity import load_identity, new_identity
-from .libp2p_network import Libp2pNetwork, open_network
+from .libp2p_network import open_network
+from .loopback import LoopbackNetwork
 from .membership import Membership
 from .network import Stream
 from .router import SwarmRouter
@@ -72,7 +73,7 @@ class Node:
         self._dice = random.Random()  # noqa: S311 - spreads load; nothing secret
         self._hello = Hello(PROTOCOL_VERSION, __version__[:64])
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="petals-torch")
-        self._network: Libp2pNetwork | None = None
+        self._network: LoopbackNetwork | None = None
         self._membership: Membership | None = None
         self._nursery: trio.Nursery | None = None
         self._checkpoint: Checkpoint | None = None
@@ -238,6 +239,7 @@ class Node:
                     fingerprint=checkpoint.fingerprint,
                     num_blocks=checkpoint.num_blocks,
                     round_trips=self._round_trips,
+                    ourselves=self._ourselves,
                     clock=wall_clock,
                     dice=self._dice,
                 ),
@@ -249,10 +251,17 @@ class Node:
 
         return await self._in_torch_thread(load)
 
+    def _ourselves(self) -> Announcement | None:
+        """This node as a candidate for its own sessions."""
+        if self._state is not PeerState.ONLINE:
+            return None
+        return self._describe_self(0, wall_clock() + 1)
+
     def _round_trips(self) -> dict[str, float]:
         """Seconds to the peers that we are connected to."""
         network = self._running_network()
-        measured = {peer_id: network.round_trip(peer_id) for peer_id in network.connected_peers()}
+        peers = (network.peer_id, *network.connected_peers())
+        measured = {peer_id: network.round_trip(peer_id) for peer_id in peers}
         return {peer_id: seconds for peer_id, seconds in measured.items() if seconds is not None}
 
     # --- looking at the swarm -----------------------------------------------------------------
@@ -297,9 +306,9 @@ class Node:
             clock=wall_clock,
             listen=config.listen if config.serve else (),
             bootstrap=config.bootstrap,
-        ) as self._network:
+        ) as outside:
             self._membership = Membership(
-                self._network,
+                outside,
                 self._swarm,
                 sign=identity.sign,
                 describe=self._describe_self,
@@ -307,6 +316,7 @@ class Node:
                 dice=self._dice,
             )
             async with open_flat_nursery() as self._nursery:
+                self._network = LoopbackNetwork(outside, self._nursery)
                 try:
                     self._network.handle(DESCRIBE_PROTOCOL, self._answer_describe)
                     self._nursery.start_soon(self._stay_joined)
@@ -385,7 +395,7 @@ class Node:
         network = self._running_network()
         while self.config.bootstrap:
             await trio.sleep(REJOIN_INTERVAL)
-            if network.peer_count() == 0:
+            if not network.connected_peers():
                 reached = await network.join(self.config.bootstrap)
                 logger.info("nobody was connected; reached %d bootstrap peers", reached)
 
@@ -436,7 +446,7 @@ class Node:
             figures=self.statistics,
         )
 
-    def _running_network(self) -> Libp2pNetwork:
+    def _running_network(self) -> LoopbackNetwork:
         if self._network is None:
             raise PetalsError("the node is not running: use it inside `async with Node(config)`")
         return self._network

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from ..protocol.announcement import Announcement
 from ..protocol.dice import Dice
 from ..protocol.errors import NoRoute, PeerError
 from ..protocol.routing import LatencyEstimates, RouteHop, plan_route
@@ -24,6 +25,7 @@ class SwarmRouter:
         fingerprint: str,
         num_blocks: int,
         round_trips: Callable[[], dict[str, float]],
+        ourselves: Callable[[], Announcement | None],
         clock: Callable[[], float],
         dice: Dice,
     ) -> None:
@@ -33,6 +35,7 @@ class SwarmRouter:
         self._fingerprint = fingerprint
         self._num_blocks = num_blocks
         self._round_trips = round_trips
+        self._ourselves = ourselves
         self._clock = clock
         self._dice = dice
 
@@ -50,9 +53,7 @@ class SwarmRouter:
         if fresh:
             with contextlib.suppress(PeerError):  # then what is known has to do
                 await self._membership.refresh(self._fingerprint, self._num_blocks)
-        candidates = self._swarm.candidates(
-            self._clock(), self._fingerprint, cache_tokens=cache_tokens
-        )
+        candidates = self._candidates(cache_tokens)
         plan = partial(
             plan_route,
             span=span,
@@ -82,3 +83,12 @@ class SwarmRouter:
             "or try again later",
             missing=[hop.span for hop in short],
         )
+
+    def _candidates(self, cache_tokens: int) -> list[Announcement]:
+        """Who may be a hop, this node included (the swarm's view is of the others)."""
+        now = self._clock()
+        candidates = self._swarm.candidates(now, self._fingerprint, cache_tokens=cache_tokens)
+        own = self._ourselves()
+        if own is not None and self._swarm.retry_at(own.peer_id) <= now:
+            candidates += [own] if own.cache_tokens_left >= cache_tokens else []
+        return candidates
