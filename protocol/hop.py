@@ -220,8 +220,8 @@ class Hop:
             self.predecessor = relink.predecessor
             self._predecessor_since = relink.epoch
             self._receiver.grant()  # whatever the old predecessor has under way is stale
-        if relink.successor == self.successor:
-            return []
+        if relink.successor == self.successor and (relink.successor is None or self._sender.linked):
+            return []  # else the same peer is opened anew, and the shell may have given it up
         self.successor = relink.successor
         self._sender.lost()
         self._returned = 0

@@ -278,6 +278,7 @@ def test_a_relink_of_an_epoch_that_is_not_newer_changes_nothing(epoch: int) -> N
 
 def test_a_new_predecessor_makes_what_the_old_one_sent_stale() -> None:
     hop = make()
+    granted(hop)
     hop.receive(Linked(), 0.0)
     run(hop, step("abc"))
     assert hop.receive(Relink(2, "newcomer", Peer("after")), 0.0) == []
@@ -307,6 +308,15 @@ def test_a_new_successor_is_dialled_and_gets_what_it_lacks() -> None:
     granted(hop)
     assert hop.next_outgoing(10) == step("ABC")
     run(hop, step("d", 3, sequence=1))  # the predecessor's link has stayed as it was
+
+
+def test_a_successor_that_is_opened_anew_is_dialled_again_if_its_link_was_lost() -> None:
+    hop = make()
+    granted(hop)
+    hop.receive(SuccessorLost(), 0.0)
+    assert hop.receive(Relink(2, "before", Peer("after")), 0.0) == [DialSuccessor()]
+    granted(hop)
+    assert hop.receive(Relink(3, "before", Peer("after")), 0.0) == []
 
 
 def test_a_hop_that_becomes_the_last_returns_what_is_wanted() -> None:

@@ -99,6 +99,10 @@ class Ring(RuleBasedStateMachine):
             self.world.route(split(cuts, missing))
 
     @rule(data=st.data())
+    def reopen(self, data: st.DataObject) -> None:
+        self.world.reopen(data.draw(st.sampled_from(sorted(self.world.relays))))
+
+    @rule(data=st.data())
     def replace_several(self, data: st.DataObject) -> None:
         relays = sorted(self.world.relays)
         for dead in data.draw(st.lists(st.sampled_from(relays), min_size=1, unique=True)):

@@ -112,6 +112,8 @@ class RingWorld:
         self.relays: dict[str, Relay] = {}
         self.wires: dict[str, Wire] = {}
         """By sender."""
+        self.given_up: set[str] = set()
+        """Senders that do not dial their successor any more until they are told to."""
         self.delivered: dict[int, bytes] = {}
         self._names = 0
         terms = SessionTerms(
@@ -129,12 +131,12 @@ class RingWorld:
 
     # --- the originator ---------------------------------------------------------------------
 
-    def route(self, spans: list[Span]) -> None:
-        """Fill the chain's missing blocks with new relays."""
+    def route(self, spans: list[Span], name: str | None = None) -> None:
+        """Fill the chain's missing blocks with new relays, or with one of that name."""
         hops = []
         for span in spans:
             self._names += 1
-            hops.append(ChainHop(Peer(f"hop{self._names}"), span))
+            hops.append(ChainHop(Peer(name or f"hop{self._names}"), span))
         self._apply(self.chain.receive(Routed(hops), self.now))
         for hop in hops:
             self._apply(self.chain.receive(HopReady(hop.peer.peer_id), self.now))
@@ -142,6 +144,14 @@ class RingWorld:
     def lose(self, peer_id: str) -> None:
         """A hop dies with all that it holds and all that is under way to and from it."""
         self._apply(self.chain.receive(HopLost(peer_id, "died"), self.now))
+
+    def reopen(self, peer_id: str) -> None:
+        """A hop is lost, whoever linked to it gives it up, and it takes its own place again."""
+        span = self.relays[peer_id].hop.opened.span
+        senders = [wire.sender for wire in self.wires.values() if wire.receiver == peer_id]
+        self.lose(peer_id)
+        self.given_up.update(senders)
+        self.route([span], peer_id)
 
     def append(self, count: int, want: int) -> None:
         start = len(self.tokens)
@@ -196,6 +206,7 @@ class RingWorld:
                 assert isinstance(effect.frame, Resume)
                 answers.append(effect.frame)
             elif isinstance(effect, DialSuccessor):
+                self.given_up.discard(peer_id)
                 self.wires.pop(peer_id, None)
                 if relay.hop.successor is not None:
                     self.wires[peer_id] = Wire(peer_id, relay.hop.successor.peer_id)
@@ -225,6 +236,8 @@ class RingWorld:
         """A relay links to its successor, if it has no link."""
         relay = self.relays.get(sender)
         if relay is None or relay.hop.successor_linked or sender not in self.wires:
+            return False
+        if sender in self.given_up:
             return False
         return not self.wires[sender].back and self._link(sender, relay.hop.epoch)
 
