@@ -316,7 +316,7 @@ class Ring:
                 try:
                     await stream.send(Link(self._terms.session, effect.epoch))
                     async with open_flat_nursery() as nursery:
-                        nursery.start_soon(self._send_steps, stream)
+                        nursery.start_soon(self._send_steps, stream, scope)
                         while True:
                             self._take_link_frame(peer, await stream.receive(), scope)
                 finally:
@@ -336,9 +336,11 @@ class Ring:
             said = "closed the link" if frame is None else f"sent {frame.KIND} on the link"
             raise PeerError(said, peer_id=peer.peer_id)
 
-    async def _send_steps(self, stream: FrameStream) -> None:
+    async def _send_steps(self, stream: FrameStream, scope: trio.CancelScope) -> None:
         while True:
-            due = self._chain.next_due(self._max_rows)
+            # What is due is due on the newest link: a task that was woken and cancelled in the same
+            # tick must not take it along.
+            due = self._chain.next_due(self._max_rows) if scope is self._link_scope else None
             if due is None:
                 await self._changed.wait()
                 continue
