@@ -44,8 +44,9 @@ async def open_flat_nursery() -> AsyncIterator[trio.Nursery]:
         async with trio.open_nursery() as nursery:
             yield nursery
     except BaseExceptionGroup as group:
-        leaves = list(_leaves(group))
-        if len(leaves) > 1 and not all(isinstance(leaf, PetalsError) for leaf in leaves):
+        # A cancellation that came beside a failure is not lost: trio delivers it again.
+        leaves = [leaf for leaf in _leaves(group) if not isinstance(leaf, trio.Cancelled)]
+        if len(leaves) != 1 and not (leaves and all(isinstance(e, PetalsError) for e in leaves)):
             raise
         raise leaves[0] from leaves[0].__cause__
 
