@@ -115,8 +115,8 @@ class Network(Protocol):
 class Directory(Protocol):
     """The Kademlia DHT, as far as announcements need it: keys with maps of entries by peer id.
 
-    An entry is opaque bytes to the network except for what the ``EntryValidator`` that the
-    directory was built with says of it.
+    An entry is opaque bytes to the network except for what the ``merge`` function that the
+    directory was built with makes of it.
     """
 
     async def put(self, key: bytes, entry: bytes) -> int:
