@@ -1,8 +1,8 @@
 """A model's checkpoint: what it is, and loading the part of it that this node needs.
 
 Loading a span, or the ends, reads the tensors of that part only, from the files that hold them,
-one tensor at a time straight into its place on the device, in the dtype asked for. The modules are
-built on the meta device, so no tensor is ever in memory twice.
+one piece at a time straight into its place on the device, in the precision asked for. The modules
+are built on the meta device, so no tensor is ever in memory twice.
 
 Whatever is wrong with a model raises ModelError, in words.
 """
@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..protocol.errors import ModelError
 from ..protocol.span import Span
 from .cache import CacheShape
-from .device import resolve_device, resolve_dtype
+from .device import as_device
 from .families import Dimensions, Family, find_family
 from .fingerprint import compute_fingerprint
 from .hub import Source, open_source
-from .linear import swap_linears
+from .kernels import WeightFormat
+from .loading import fill_module
 from .model import Blocks, Ends
+from .precision import Precision, resolve_precision
 from .weights import Weights, open_weights, read_json
 
 Progress = Callable[[str], None]
@@ -104,9 +105,25 @@ class Checkpoint:
             return self._generation_config.get(name)
         return getattr(self.config, name, None)
 
-    def cache_shape(self, dtype: torch.dtype, device: torch.device) -> CacheShape:
-        """What a cached token of one block looks like, in ``dtype`` on ``device``."""
-        return CacheShape(self.dimensions.cache_heads, self.dimensions.head_dim, dtype, device)
+    def precision(
+        self,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "auto",
+        quantization: str = "none",
+    ) -> Precision:
+        """What ``--dtype`` and ``--quantization`` mean for this checkpoint. Raises ConfigError."""
+        return resolve_precision(dtype, quantization, as_device(device), self.dtype)
+
+    def cache_shape(self, precision: Precision, device: torch.device) -> CacheShape:
+        """What a cached token of one block looks like on ``device``."""
+        dimensions = self.dimensions
+        return CacheShape(dimensions.cache_heads, dimensions.head_dim, precision.cache, device)
+
+    def block_bytes(self, precision: Precision) -> int:
+        """Memory that the weights of one block take."""
+        wide = precision.weights is WeightFormat.FLOAT32 and self.dtype == torch.float16
+        per_weight = 2.0 if wide else precision.weights.bytes_per_weight  # held without loss
+        return int(self.block_parameters() * per_weight)
 
     def block_parameters(self) -> int:
         """The number of parameters of one block."""
@@ -120,6 +137,8 @@ class Checkpoint:
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "auto",
         progress: Progress | None = None,
+        *,
+        quantization: str = "none",
     ) -> Blocks:
         """Load the blocks of ``span``; ``dtype`` and ``device`` as torch's or the user's words."""
         if span.end > self.num_blocks:
@@ -127,21 +146,30 @@ class Checkpoint:
                 f"blocks {span} were asked for, but {self.name} has {self.num_blocks} blocks: "
                 f"0:{self.num_blocks}"
             )
-        dtype, device = self._resolve(dtype, device)
+        device = as_device(device)
+        precision = self.precision(dtype, device, quantization)
         modules = []
         for block in range(span.start, span.end):
             if progress is not None:
                 progress(f"loading block {block} ({block - span.start + 1} of {len(span)})")
             with torch.device("meta"):
                 module = self.family.make_block(self.config, block)
-            self._fill(module, self.family.block_prefix(block), {}, dtype, device)
+            fill_module(
+                module,
+                self._weights,
+                model=self.name,
+                prefix=self.family.block_prefix(block),
+                precision=precision,
+                device=device,
+            )
             modules.append(module)
         slopes = self.family.alibi_slopes(self.config)
         return Blocks(
             span,
             modules,
             run_block=self.family.run_block,
-            cache_shape=self.cache_shape(dtype, device),
+            dtype=precision.hidden,
+            cache_shape=self.cache_shape(precision, device),
             hidden_size=self.hidden_size,
             alibi_slopes=None if slopes is None else slopes.to(device),
         )
@@ -150,10 +178,17 @@ class Checkpoint:
         self, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
     ) -> Ends:
         """Load what stands before the first block and behind the last."""
-        dtype, device = self._resolve(dtype, device)
+        device = as_device(device)
         with torch.device("meta"):
             ends = self.family.make_ends(self.config)
-        self._fill(ends, "", self.family.tied(self.config), dtype, device)
+        fill_module(
+            ends,
+            self._weights,
+            model=self.name,
+            tied=self.family.tied(self.config),
+            precision=self.precision(dtype, device),
+            device=device,
+        )
         return ends
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -170,52 +205,6 @@ class Checkpoint:
         if not tokenizer.is_fast:
             raise ModelError(f"{self.name}: the model folder needs a tokenizer.json")
         return tokenizer
-
-    def _resolve(
-        self, dtype: torch.dtype | str, device: torch.device | str
-    ) -> tuple[torch.dtype, torch.device]:
-        if isinstance(device, str):
-            device = resolve_device(device)
-        if isinstance(dtype, str):
-            dtype = resolve_dtype(dtype, device, self.dtype)
-        return dtype, device
-
-    def _fill(
-        self,
-        module: nn.Module,
-        prefix: str,
-        tied: Mapping[str, str],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """Load the parameters of ``module``, which is on the meta device, and make it ours."""
-        shapes = {prefix + name: value.shape for name, value in module.state_dict().items()}
-        state: dict[str, torch.Tensor] = {}
-        try:
-            for name, stored in self._weights.read(shapes.keys() - tied.keys()):
-                self._check_shape(name, stored, shapes[name])
-                state[name] = _copy(stored, dtype, device)
-            for name, twin in tied.items():
-                state[name] = state[twin]
-                for _, stored in self._weights.read([name] if name in self._weights else []):
-                    if not _same(stored, state[twin]):
-                        self._check_shape(name, stored, shapes[name])
-                        state[name] = _copy(stored, dtype, device)
-        except (RuntimeError, MemoryError) as error:  # torch's way to say that memory is full
-            raise ModelError(f"{self.name} cannot be loaded onto {device}: {error}") from error
-        module.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in state.items()}, assign=True
-        )
-        module.requires_grad_(False)
-        module.eval()
-        swap_linears(module)
-
-    def _check_shape(self, name: str, stored: torch.Tensor, expected: torch.Size) -> None:
-        if stored.shape != expected:
-            raise ModelError(
-                f"{self.name}: the tensor {name} has shape {tuple(stored.shape)}, "
-                f"config.json calls for {tuple(expected)}"
-            )
 
 
 def open_checkpoint(
@@ -252,19 +241,4 @@ def open_checkpoint(
         fingerprint=compute_fingerprint(family.architecture(config), weights),
         generation_config=None if generation_path is None else read_json(generation_path),
         cache_dir=cache_dir,
-    )
-
-
-def _copy(stored: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
-
-
-def _same(stored: torch.Tensor, loaded: torch.Tensor) -> bool:
-    """Whether ``loaded`` is a copy of ``stored``, compared piece by piece to save memory."""
-    if stored.shape != loaded.shape:
-        return False
-    starts = range(0, len(stored), 1024)
-    return all(
-        torch.equal(stored[start : start + 1024].to(loaded), loaded[start : start + 1024])
-        for start in starts
     )

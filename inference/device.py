@@ -1,15 +1,8 @@
-"""Which device and which dtype to compute in, from what the user wrote.
-
-``auto`` is a CUDA device where there is one; and float32 on a CPU (exact, and no slower there
-without special kernels), the checkpoint's own 16-bit dtype on CUDA.
-"""
+"""Which device to compute on, from what the user wrote; ``auto`` is CUDA where there is some."""
 
 import torch
 
 from ..protocol.errors import ConfigError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What ``--dtype`` takes besides ``auto``."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -40,20 +33,6 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def resolve_dtype(
-    dtype: str, device: torch.device, checkpoint_dtype: torch.dtype | None
-) -> torch.dtype:
-    """``auto`` or a name in ``DTYPES`` as a dtype that ``device`` computes well in.
-
-    ``checkpoint_dtype`` is what the checkpoint's config says that its weights are stored in.
-    Raises ConfigError for an unknown name.
-    """
-    if dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype != "auto":
-        raise ConfigError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    if device.type == "cpu":
-        return torch.float32
-    if checkpoint_dtype == torch.float16 or not torch.cuda.is_bf16_supported():
-        return torch.float16
-    return torch.bfloat16
+def as_device(device: torch.device | str) -> torch.device:
+    """A device as torch's, or resolved from the user's words."""
+    return resolve_device(device) if isinstance(device, str) else device

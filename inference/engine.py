@@ -1,41 +1,40 @@
-"""The engine owns the device: it runs the steps of all sessions, in rounds, on one thread.
+"""The engine runs the steps of all sessions through its blocks, in rounds.
 
-schedule → run → postprocess. A round is one ragged batch: the waiting one-row steps of all
-sessions together, and at most one longer step (a prefill), of which it takes a piece of bounded
-length, so that a long prompt holds nobody up. Steps of one session never overtake one another.
+schedule → run → postprocess: ``schedule.py`` chooses what goes into a round, ``rounds.py`` runs it,
+and here is everything around them: sessions, their queues, the KV cache's budget, retained
+prefixes, futures. Rounds run on torch's thread (``torch_thread.py``), between the jobs of others.
 
-Rules of this file: all state is under one lock; torch runs only on the worker thread and never
-under the lock; futures complete outside of the lock. It knows nothing of peers: a session is an
-id, a reservation of cache and a position.
+Rules of this file: all state is under one lock; torch runs only on its thread and never under the
+lock; futures complete outside of the lock. It knows nothing of peers: a session is an id, a
+reservation of cache and a position; an originator is a name for whom to be fair to.
 """
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
-from typing import ParamSpec
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-
-from ..protocol.errors import (
-    LocalProtocolError,
-    ModelError,
-    PetalsError,
-    RemoteProtocolError,
-)
+from ..protocol.errors import LocalProtocolError
+from ..protocol.prefix import PREFIX_ROWS, Label
 from ..protocol.span import Span
 from ..protocol.tensor import DType, WireTensor
-from .attention import LaneRows
-from .cache import CachePool, Reservation, SessionCache
+from .cache import CachePool, SessionCache
+from .gathering import Gathering
 from .model import Blocks
-from .tensors import to_torch, to_wire, torch_dtype
+from .pace import Limits, Pace
+from .prefix_rows import PrefixRows
+from .prefix_store import PrefixStore
+from .rounds import Outcome, Rounds
+from .schedule import Priority, Schedule, Share
+from .steps import EngineSession, Step
+from .torch_thread import TorchThread
 
-P = ParamSpec("P")
+__all__ = ["Engine", "EngineStatistics", "Limits", "Priority", "Restored"]
 
-_PREFILL_ROWS = 512
-"""Rows of a longer step that one round takes: enough for full speed, little enough to wait for."""
+MAX_QUEUED_STEPS = 8
+"""Steps of one session that may wait: enough to keep it busy, more only hide a full node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +45,12 @@ class EngineStatistics:
     cache_tokens_total: int
     cache_tokens_used: int
     """Reserved by open sessions (and by closed ones whose last step still runs)."""
+    prefix_tokens: int
+    """Held of sessions that have ended, in what nobody has reserved."""
+    prefix_hits: int
+    """Sessions that began with rows that were here."""
+    prefix_tokens_reused: int
+    """Rows that they did not have to compute."""
     queued: int
     """Steps that wait or run."""
     steps: int
@@ -58,95 +63,114 @@ class EngineStatistics:
     """Time spent computing."""
 
 
-@dataclass(slots=True, eq=False)
-class _Session:
-    cache: SessionCache
-    reservation: Reservation
-    span: Span | None = None
-    """Set by the first step; a session's blocks never change."""
-    closed: bool = False
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a session begins with."""
 
-
-@dataclass(slots=True, eq=False)
-class _Work:
-    """A step, waiting or running."""
-
-    session: _Session
     position: int
-    hidden: WireTensor
-    wire_dtype: DType
-    span: Span
-    future: Future[WireTensor] = field(default_factory=Future[WireTensor])
-    started: bool = False
-    input: torch.Tensor | None = None
-    """``[batch, rows, hidden]`` on the device, from the first round on."""
-    output: torch.Tensor | None = None
-    """The same shape; filled round by round, 0 where there is padding."""
-    done: int = 0
-    """Rows computed in earlier rounds."""
-
-    @property
-    def rows(self) -> int:
-        return self.hidden.shape[1] if len(self.hidden.shape) == 3 else 1
-
-    @property
-    def complete(self) -> bool:
-        return self.done == self.rows
-
-    def abandon(self) -> None:
-        if not self.future.cancel() and not self.future.done():
-            self.future.set_exception(CancelledError("the session was closed"))
-
-
-@dataclass(slots=True)
-class _Outcome:
-    """What a round brought. Steps in neither dictionary go on in the next round."""
-
-    results: dict[_Work, WireTensor] = field(default_factory=dict)
-    errors: dict[_Work, PetalsError] = field(default_factory=dict)
-    rows: int = 0
+    """Tokens that the session holds now; 0 if nothing was known."""
+    outputs: WireTensor | None
+    """Their outputs ``[1, position, hidden]``; None if there are none."""
 
 
 class Engine:
     """Runs ``blocks`` for many sessions. Every method may be called from any thread."""
 
     def __init__(
-        self, blocks: Blocks, *, cache_tokens: int, prefill_rows: int = _PREFILL_ROWS
+        self,
+        blocks: Blocks,
+        *,
+        cache_tokens: int,
+        thread: TorchThread | None = None,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``cache_tokens``: the KV cache budget, in tokens of one sequence."""
+        """``cache_tokens``: the KV cache budget, in tokens of one sequence.
+
+        ``thread``: where torch runs; the engine makes its own, and ends it, if none is given.
+        ``clock``: seconds, never going back.
+        """
         self.blocks = blocks
-        self._prefill_rows = prefill_rows
-        self._condition = threading.Condition()
+        self.thread = thread or TorchThread()
+        """Where torch runs: whoever else computes in this process does it here."""
+        self._owns_thread = thread is None
+        self._clock = clock
+        self._lock = threading.Lock()
+        limits = limits or Limits()
+        self._pace = Pace(limits)
+        self._schedule = Schedule(limits, self._pace)
+        self._gathering = Gathering()
+        self._runner = Rounds(blocks)
         self._pool = CachePool(cache_tokens)
-        self._sessions: dict[bytes, _Session] = {}
-        self._queue: deque[_Work] = deque()
-        self._round: list[_Work] = []
+        self._prefixes: PrefixStore[PrefixRows] = PrefixStore()
+        self._sessions: dict[bytes, EngineSession] = {}
+        self._waiting: dict[EngineSession, None] = {}
+        """Sessions with steps that wait; between rounds those are all that there are."""
+        self._queued = 0
         self._stopping = False
         self._steps = 0
         self._rounds = 0
         self._rows = 0
         self._busy_seconds = 0.0
-        self._thread = threading.Thread(target=self._run, name="petals-engine", daemon=True)
-        self._thread.start()
+        self._prefix_hits = 0
+        self._prefix_tokens_reused = 0
+        self.thread.attach(self._turn)
 
     def open(
-        self, session_id: bytes, *, batch: int, max_tokens: int, padding: Sequence[int] = ()
+        self,
+        session_id: bytes,
+        *,
+        batch: int,
+        max_tokens: int,
+        padding: Sequence[int] = (),
+        originator: str = "",
+        priority: Priority = Priority.NORMAL,
+        prefixes: bool = False,
     ) -> None:
         """Open a session of ``batch`` sequences and reserve its cache.
 
-        Row b's first ``padding[b]`` positions are left padding (``()`` is none). Raises CacheFull,
-        or LocalProtocolError for arguments that make no sense, an id in use, or after shutdown.
+        Row b's first ``padding[b]`` positions are left padding (``()`` is none). Originators are
+        served fairly within a ``priority``. With ``prefixes`` (batch 1, no padding), the session
+        may be restored from a prefix, and what its steps' keys name is kept for others; its outputs
+        are then kept, too, while it lives.
+
+        Raises CacheFull, or LocalProtocolError for arguments that make no sense, an id in use, or
+        after shutdown.
         """
         cache = SessionCache(
             self.blocks.cache_shape, batch=batch, max_tokens=max_tokens, padding=padding
         )
-        with self._condition:
+        if prefixes and (batch != 1 or cache.unpadded_from):
+            raise LocalProtocolError("prefixes are shared by single sequences without padding")
+        shared = PrefixRows(cache, self.blocks.hidden_size) if prefixes else None
+        with self._lock:
             if self._stopping:
                 raise LocalProtocolError("the engine is shut down")
             if session_id in self._sessions:
                 raise LocalProtocolError(f"session {session_id.hex()} is already open")
             reservation = self._pool.reserve(batch * max_tokens)
-            self._sessions[session_id] = _Session(cache, reservation)
+            self._prefixes.shrink(self._pool.free)
+            self._sessions[session_id] = EngineSession(
+                cache, reservation, originator, priority, shared
+            )
+
+    def restore(
+        self, session_id: bytes, keys: Sequence[bytes], *, wire_dtype: DType, span: Span
+    ) -> "Future[Restored]":
+        """Let a session that has had no step yet begin with rows that are here already.
+
+        ``keys[j - 1]`` is the key of ``PREFIX_ROWS * j`` positions; the longest that is known
+        counts. The rows are copied; outputs are those that their first session was given, in
+        ``wire_dtype``, through ``span``.
+
+        Never raises; the future gives position 0 where there is nothing to begin with (also if the
+        session is closed first), and has a LocalProtocolError for an unknown session.
+        """
+        with self._lock:
+            session = self._sessions.get(session_id)
+        if session is None:
+            return _refused(f"session {session_id.hex()} is not open here")
+        return self.thread.run_sliced(lambda: self._restore(session, tuple(keys), wire_dtype, span))
 
     def submit(
         self,
@@ -156,50 +180,77 @@ class Engine:
         hidden: WireTensor,
         wire_dtype: DType,
         span: Span,
+        keys: Sequence[Label] = (),
     ) -> "Future[WireTensor]":
         """Queue a step: ``hidden`` ``[batch, rows, hidden]`` at ``position``, through ``span``.
 
         The future gives the output, of the same shape, in ``wire_dtype``. A position below what
         the session holds truncates it first. Rows that are padding give zeros and cost nothing.
+        ``keys`` are ``(position, key)``, rising: once this step has been computed, the session's
+        first ``position`` rows are known by ``key``, until a step goes back behind them. They
+        count only in a session with ``prefixes``.
 
         Never raises; the future does: LocalProtocolError for an unknown session, a gap, a wrong
-        shape or span or too many tokens; RemoteProtocolError for input that is not finite;
-        ModelError when computing fails or gives something not finite; CancelledError when the
-        session is closed first. A step that was refused changes nothing; after one that failed
-        while computing, the session holds ``position`` tokens.
+        shape or span, too many tokens, keys for other positions than the step's, or a queue that
+        is full; RemoteProtocolError for input that is not finite; ModelError when computing fails
+        or gives something not finite; CancelledError when the session is closed first. A step that
+        was refused changes nothing; after one that failed while computing, the session holds
+        ``position`` tokens.
         """
-        with self._condition:
+        now = self._clock()
+        with self._lock:
             session = self._sessions.get(session_id)
-            if session is not None:
-                work = _Work(session, position, hidden, wire_dtype, span)
-                self._queue.append(work)
-                self._condition.notify()
-                return work.future
-        refused: Future[WireTensor] = Future()
-        refused.set_exception(LocalProtocolError(f"session {session_id.hex()} is not open here"))
-        return refused
+            if session is None:
+                return _refused(f"session {session_id.hex()} is not open here")
+            if len(session.steps) >= MAX_QUEUED_STEPS:
+                return _refused(f"session {session_id.hex()} has {MAX_QUEUED_STEPS} steps waiting")
+            step = Step(
+                session=session,
+                originator=session.originator,
+                priority=session.priority,
+                span=span,
+                batch=len(session.cache.lanes),
+                rows=hidden.shape[1] if len(hidden.shape) == 3 else 1,
+                since=now,
+                owner=session,
+                position=position,
+                hidden=hidden,
+                wire_dtype=wire_dtype,
+                keys=tuple(keys),
+            )
+            session.steps.append(step)
+            self._queued += 1
+            self._waiting[session] = None
+            self._gathering.came(session, now)
+        self.thread.wake()
+        return step.future
 
     def close(self, session_id: bytes) -> None:
         """End a session, at any time; closing one that isn't open does nothing.
 
-        Steps that wait are cancelled. A step that runs ends first; its cache is freed then.
+        Steps that wait are cancelled. A step that runs ends with this round; the session's cache
+        is freed then. Rows that are known by a key stay while nobody needs their room.
         """
-        with self._condition:
+        with self._lock:
             session = self._sessions.pop(session_id, None)
             if session is None:
                 return
             abandoned = self._forget(session)
-        for work in abandoned:
-            work.abandon()
+        self.thread.wake()  # a round may have been waiting for it
+        for step in abandoned:
+            step.abandon()
 
     def statistics(self) -> EngineStatistics:
         """A snapshot."""
-        with self._condition:
+        with self._lock:
             return EngineStatistics(
                 sessions=len(self._sessions),
                 cache_tokens_total=self._pool.tokens,
                 cache_tokens_used=self._pool.used,
-                queued=len(self._queue) + len(self._round),
+                prefix_tokens=self._prefixes.tokens,
+                prefix_hits=self._prefix_hits,
+                prefix_tokens_reused=self._prefix_tokens_reused,
+                queued=self._queued,
                 steps=self._steps,
                 rounds=self._rounds,
                 rows=self._rows,
@@ -207,196 +258,170 @@ class Engine:
             )
 
     def shutdown(self, timeout: float = 5.0) -> bool:
-        """Close all sessions and end the worker thread; False if it still computes after that.
+        """Close all sessions and run no more rounds; False if one still runs after ``timeout``.
 
-        Such a thread ends by itself after its round and keeps no process alive.
+        Ends the thread if it is the engine's own. Such a thread ends by itself after its round and
+        keeps no process alive.
         """
-        with self._condition:
+        with self._lock:
             self._stopping = True
             sessions = list(self._sessions.values())
             self._sessions.clear()
-            abandoned = [work for session in sessions for work in self._forget(session)]
-            self._condition.notify_all()
-        for work in abandoned:
-            work.abandon()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+            abandoned = [step for session in sessions for step in self._forget(session)]
+            self._prefixes.shrink(0)
+        for step in abandoned:
+            step.abandon()
+        if self._owns_thread:
+            return self.thread.shutdown(timeout)
+        return self.thread.detach(self._turn, timeout)
 
-    def _forget(self, session: _Session) -> list[_Work]:
-        """Under the lock: mark ``session`` closed and take its waiting steps off the queue."""
+    # --- under the lock -------------------------------------------------------------------------
+
+    def _forget(self, session: EngineSession) -> list[Step]:
+        """Mark ``session`` closed and take its waiting steps away."""
         session.closed = True
-        if all(work.session is not session for work in self._round):
-            session.reservation.release()
-        abandoned = [work for work in self._queue if work.session is session]
-        self._queue = deque(work for work in self._queue if work.session is not session)
+        self._gathering.forget(session)
+        self._waiting.pop(session, None)
+        abandoned = list(session.steps)
+        session.steps.clear()
+        self._queued -= len(abandoned)
+        if not session.running:
+            self._release(session)
         return abandoned
 
-    @torch.inference_mode()
-    def _run(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._queue or self._stopping)
-                if self._stopping:
-                    return
-                self._round = take_round(self._queue)
-            begin = time.perf_counter()
-            outcome = self._run_round(self._round)
-            self._postprocess(outcome, time.perf_counter() - begin)
-
-    def _run_round(self, works: Sequence[_Work]) -> _Outcome:
-        """Start the steps that are new, and compute a piece of each."""
-        outcome = _Outcome()
-        ready = []
-        for work in works:
-            if not work.started and not work.future.set_running_or_notify_cancel():
-                continue
-            work.started = True
-            if _attempt(work, outcome, self._start, work):
-                ready.append(work)
-        together = bool(ready) and _attempt(ready[0], outcome, self._run_batch, ready, outcome)
-        if not together and len(ready) > 1:  # find out whose fault it is
-            del outcome.errors[ready[0]]
-            for work in ready:
-                _attempt(work, outcome, self._run_batch, [work], outcome)
-        for work in ready:
-            if work.complete and work not in outcome.errors:
-                _attempt(work, outcome, _finish, work, outcome)
-        return outcome
-
-    def _start(self, work: _Work) -> None:
-        """Check a step against its session and make room at its position."""
-        if work.input is not None:
+    def _release(self, session: EngineSession) -> None:
+        """Free the cache of a closed session that no round uses, or retain what is labelled."""
+        session.reservation.release()
+        rows = session.shared
+        if rows is None:
             return
-        session, cache, shape = work.session, work.session.cache, work.hidden.shape
-        if len(shape) != 3 or shape[0] != len(cache.lanes) or shape[2] != self.blocks.hidden_size:
-            raise LocalProtocolError(
-                f"hidden states must be [{len(cache.lanes)}, rows, {self.blocks.hidden_size}], "
-                f"got shape {shape}"
-            )
-        if not self.blocks.span.covers(work.span) or (session.span or work.span) != work.span:
-            raise LocalProtocolError(
-                f"blocks {work.span} were asked for; loaded are {self.blocks.span}"
-                + (f", and the session uses {session.span}" if session.span else "")
-            )
-        if not 0 <= work.position <= cache.position:
-            raise LocalProtocolError(
-                f"a step at position {work.position} leaves a gap: the session holds "
-                f"{cache.position} tokens"
-            )
-        if work.position + shape[1] > cache.max_tokens:
-            raise LocalProtocolError(
-                f"{work.position + shape[1]} tokens in a session opened for {cache.max_tokens}"
-            )
-        hidden = to_torch(work.hidden, dtype=self.blocks.dtype, device=self.blocks.device)
-        if not torch.isfinite(hidden).all():
-            raise RemoteProtocolError("the hidden states received contain NaN or infinity")
-        session.span = work.span
-        cache.truncate(work.position)
-        work.input, work.output = hidden, torch.zeros_like(hidden)
+        length = self._prefixes.labelled(rows)
+        if self._prefixes.retain(rows, 0 if self._stopping else self._pool.free):
+            self.thread.run_sliced(lambda: rows.keep(length))
 
-    def _run_batch(self, works: Sequence[_Work], outcome: _Outcome) -> None:
-        """One ragged batch: the next rows of every step, all through the same blocks."""
-        lanes, parts, places = [], [], []
-        for work in works:
-            assert work.input is not None and work.output is not None
-            cache = work.session.cache
-            begin, end = work.done, self._piece_end(work)
-            for lane, lane_cache in enumerate(cache.lanes):
-                first = begin + cache.padding_rows(lane, work.position + begin, end - begin)
-                if first < end:
-                    lanes.append(LaneRows(lane_cache, end - first))
-                    parts.append(work.input[lane, first:end])
-                    places.append(work.output[lane, first:end])
-        if lanes:
-            plan = self.blocks.plan(lanes)
-            output = self.blocks.run(torch.cat(parts)[None], plan, works[0].span)[0]
-            start = 0
-            for place in places:
-                place.copy_(output[start : start + len(place)])
-                start += len(place)
-        for work in works:
-            work.done = self._piece_end(work)
-            work.session.cache.advance(work.position + work.done)
-        outcome.rows += sum(lane.rows for lane in lanes)
+    def _heads(self) -> list[Step]:
+        """The oldest step of every session that has one; those no longer wanted are dropped."""
+        heads = []
+        for session in list(self._waiting):
+            steps = session.steps
+            while steps and steps[0].future.cancelled():
+                steps.popleft()
+                self._queued -= 1
+            if steps:
+                heads.append(steps[0])
+            else:
+                del self._waiting[session]
+        return heads
 
-    def _piece_end(self, work: _Work) -> int:
-        """Up to which of its rows this round computes a step."""
-        return min(work.rows, work.done + max(1, self._prefill_rows // work.hidden.shape[0]))
+    def _take_round(self, heads: Sequence[Step], now: float) -> list[Share[Step]]:
+        shares = self._schedule.take(heads, now)
+        for share in shares:
+            session = share.step.owner
+            session.steps.popleft()
+            session.running = True
+            if not session.steps:
+                del self._waiting[session]
+        return shares
 
-    def _postprocess(self, outcome: _Outcome, seconds: float) -> None:
-        """Account for the round, put back unfinished steps, complete the others."""
-        for work in outcome.errors:
-            if work.input is not None:  # a step refused unstarted has changed nothing
-                work.session.cache.truncate(work.position)
+    def _settle(
+        self, shares: Sequence[Share[Step]], outcome: Outcome, begin: float, end: float
+    ) -> list[Step]:
+        """Account for a round, label rows, put back what goes on. Gives steps to be abandoned."""
+        self._rounds += 1
+        self._rows += outcome.rows
+        self._steps += len(outcome.results)
+        self._busy_seconds += end - begin
+        if outcome.rows and not outcome.errors:
+            long_rows = sum(s.rows * s.step.batch for s in shares if s.step.rows > 1)
+            blocks = len(shares[0].step.span)
+            self._pace.ran(prefill_rows=long_rows, blocks=blocks, seconds=end - begin)
         abandoned = []
-        with self._condition:
-            works, self._round = self._round, []
-            self._rounds += 1
-            self._rows += outcome.rows
-            self._steps += len(outcome.results)
-            self._busy_seconds += seconds
-            for work in reversed(works):
-                if work.session.closed:
-                    work.session.reservation.release()
-                if work in outcome.results or work in outcome.errors or not work.started:
-                    continue
-                if work.session.closed:
-                    abandoned.append(work)
-                else:
-                    self._queue.appendleft(work)
-        for work in abandoned:
-            work.abandon()
-        for work, output in outcome.results.items():
-            work.future.set_result(output)
-        for work, error in outcome.errors.items():
-            work.future.set_exception(error)
+        for share in shares:
+            step, session = share.step, share.step.owner
+            session.running = False
+            if session.shared is not None and step.started:
+                self._label(step, session.shared, completed=step in outcome.results)
+            if step in outcome.results or step in outcome.errors or not step.started:
+                self._queued -= 1
+                if step.rows == 1 and not session.steps and not session.closed:
+                    self._gathering.left(session, step.span, end)
+            elif session.closed:
+                self._queued -= 1
+                abandoned.append(step)
+            else:
+                step.since = begin
+                session.steps.appendleft(step)
+                self._waiting[session] = None
+            if session.closed:
+                self._release(session)
+        return abandoned
+
+    def _label(self, step: Step, rows: PrefixRows, *, completed: bool) -> None:
+        """Take labels off the rows that ``step`` has cut; once it is complete, put on its own."""
+        self._prefixes.cut(rows, min(step.position, rows.length))
+        if completed:
+            for position, key in step.keys:
+                if position <= rows.length:
+                    self._prefixes.label(rows, position, key)
+
+    # --- on torch's thread ----------------------------------------------------------------------
+
+    def _turn(self) -> float | None:
+        """Run a round if one is due; see ``torch_thread.Turn``."""
+        with self._lock:
+            heads = self._heads()
+            if not heads:
+                return None
+            begin = self._clock()
+            spans = {step.span for step in heads}
+            missed = max(self._pace.singles_seconds(len(span)) for span in spans)
+            pause = self._gathering.wait(spans, missed, begin)
+            if pause > 0:
+                return pause
+            shares = self._take_round(heads, begin)
+        outcome = self._runner.run(shares)
+        for step, output in outcome.results.items():
+            if step.owner.shared is not None:
+                step.owner.shared.append(step.position, output, step.span)
+        end = self._clock()
+        with self._lock:
+            abandoned = self._settle(shares, outcome, begin, end)
+        for step in abandoned:
+            step.abandon()
+        for step, output in outcome.results.items():
+            step.future.set_result(output)
+        for step, error in outcome.errors.items():
+            step.future.set_exception(error)
+        return 0.0
+
+    def _restore(
+        self, session: EngineSession, keys: Sequence[bytes], wire_dtype: DType, span: Span
+    ) -> Generator[None, None, Restored]:
+        nothing = Restored(0, None)
+        rows = session.shared
+        if rows is None:
+            return nothing
+        with self._lock:
+            found = self._prefixes.find(keys[: session.cache.max_tokens // PREFIX_ROWS])
+        if found is None:
+            return nothing
+        source, position = found
+        if (source.span, source.wire_dtype) != (span, wire_dtype):
+            return nothing
+        outputs = yield from rows.take_from(source, position)
+        if outputs is None:
+            return nothing
+        session.span = span
+        with self._lock:
+            if not session.closed:
+                for count, key in enumerate(keys[: position // PREFIX_ROWS], start=1):
+                    self._prefixes.label(rows, PREFIX_ROWS * count, key)
+                self._prefix_hits += 1
+                self._prefix_tokens_reused += position
+        return Restored(position, outputs)
 
 
-def _attempt(
-    work: _Work, outcome: _Outcome, action: Callable[P, None], *args: P.args, **kwargs: P.kwargs
-) -> bool:
-    """Do ``action`` for ``work``; whatever it raises is the outcome of ``work``."""
-    try:
-        action(*args, **kwargs)
-    except PetalsError as error:
-        outcome.errors[work] = error
-        return False
-    # torch reports memory and device errors in many classes; none may end the thread.
-    except Exception as error:  # noqa: BLE001
-        outcome.errors[work] = ModelError(f"computing blocks {work.span} failed: {error}")
-        return False
-    return True
-
-
-def _finish(work: _Work, outcome: _Outcome) -> None:
-    """Bring the output of a complete step into its wire dtype."""
-    assert work.output is not None
-    output = work.output.to(torch_dtype(work.wire_dtype))
-    if not torch.isfinite(output).all():
-        if torch.isfinite(work.output).all():
-            raise ModelError(f"the output of blocks {work.span} is too large for {work.wire_dtype}")
-        raise ModelError(f"blocks {work.span} gave NaN or infinity")
-    outcome.results[work] = to_wire(output)
-
-
-def take_round(queue: deque[_Work]) -> list[_Work]:
-    """Take the next round off ``queue``, oldest first.
-
-    The oldest step is always in it, so nobody starves. With it go all waiting one-row steps for
-    the same blocks, and one longer step; never two of one session, and never a step whose
-    session has an older one waiting.
-    """
-    span = queue[0].span
-    taken: list[_Work] = []
-    left: list[_Work] = []
-    seen: set[int] = set()
-    prefill = False
-    for work in queue:
-        longer = work.rows > 1
-        fits = work.span == span and id(work.session) not in seen and not (longer and prefill)
-        seen.add(id(work.session))
-        (taken if fits else left).append(work)
-        prefill |= fits and longer
-    queue.clear()
-    queue.extend(left)
-    return taken
+def _refused(reason: str) -> "Future[Any]":
+    future: Future[Any] = Future()
+    future.set_exception(LocalProtocolError(reason))
+    return future

@@ -1,34 +1,92 @@
 """The one module that stands where transformers' layers have ``nn.Linear``.
 
-This is the point at which a kernel is chosen by device, dtype and quantisation; the layers around
-it never know.
+It holds its matrix in pieces of output features, each in the kernel that ``kernels.py`` chose for
+the format: pieces bound the memory that packing takes beyond the result, and some kernels are
+faster on them.
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from .kernels import FbgemmHalf, Kernel, WeightFormat, choose_kernel
+
+PIECE = 1 << 24
+"""Weights of a piece: while it is packed, it takes 64 MiB in float32."""
+_FEATURES = 64
+"""Pieces are of a multiple of this many output features, as 4-bit kernels want them."""
 
 
 class Linear(nn.Module):
     """``x @ weight.T + bias`` with ``weight`` ``[out, in]``, on ``x`` ``[..., in]``."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, kernels: list[Kernel]) -> None:
+        """``kernels`` are of consecutive output features."""
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._kernels = tuple(kernels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` to ``[..., out]``, in the dtype of the weight."""
-        return F.linear(x, self.weight, self.bias)
-
-
-def swap_linears(module: nn.Module) -> None:
-    """Put a ``Linear`` with the same parameters in place of every ``nn.Linear`` below ``module``.
-
-    Only exact ``nn.Linear``: a subclass computes something else and is left alone.
-    """
-    for name, child in module.named_children():
-        if type(child) is nn.Linear:
-            setattr(module, name, Linear(child.weight, child.bias))
+        """``[..., in]`` to ``[..., out]``, in the dtype of ``x``."""
+        rows = x.reshape(-1, x.shape[-1])
+        if len(self._kernels) == 1:
+            output = self._kernels[0](rows)
         else:
-            swap_linears(child)
+            output = torch.cat([kernel(rows) for kernel in self._kernels], dim=1)
+        return output.view(*x.shape[:-1], output.shape[1])
+
+
+Read = Callable[[int, int], torch.Tensor]
+"""Rows ``start..stop-1`` of a matrix, ``[stop - start, in]`` of any floating dtype, on the CPU."""
+
+
+def pack_linear(
+    shape: torch.Size,
+    read: Read,
+    bias: torch.Tensor | None,
+    weights: WeightFormat,
+    device: torch.device,
+) -> Linear:
+    """Hold the matrix of ``shape`` ``[out, in]`` that ``read`` gives, piece by piece.
+
+    In ``FLOAT32``, pieces that float16 holds exactly are held in float16 where a kernel computes
+    with them in float32: the same figures at half the memory and bandwidth.
+    """
+    kernels: list[Kernel] = []
+    for start, stop in _pieces(shape, device):
+        piece = read(start, stop).to(device)
+        part = None if bias is None else bias[start:stop].contiguous()
+        kernels.append(_pack(piece, part, weights))
+    return Linear(kernels)
+
+
+def _pieces(shape: torch.Size, device: torch.device) -> Iterator[tuple[int, int]]:
+    out_features, in_features = shape
+    step = max(_FEATURES, PIECE // in_features // _FEATURES * _FEATURES)
+    if device.type != "cpu":  # one launch is faster than several
+        step = out_features
+    for start in range(0, out_features, step):
+        yield start, min(out_features, start + step)
+
+
+def _pack(piece: torch.Tensor, bias: torch.Tensor | None, weights: WeightFormat) -> Kernel:
+    if weights is WeightFormat.FLOAT32 and _held_in_half(piece):
+        weights = WeightFormat.FLOAT16
+    make = choose_kernel(weights, piece.device)
+    if weights.quantized:
+        try:
+            return make(piece, bias)
+        except ValueError:  # it does not divide into groups
+            return _pack(piece, bias, WeightFormat.FLOAT16)
+    return make(
+        piece.to(weights.torch_dtype, copy=True, memory_format=torch.contiguous_format), bias
+    )
+
+
+def _held_in_half(piece: torch.Tensor) -> bool:
+    """Whether float16 holds ``piece`` exactly, and there is a kernel that adds up in float32."""
+    if piece.device.type != "cpu":
+        return False
+    if choose_kernel(WeightFormat.FLOAT16, piece.device) is not FbgemmHalf:
+        return False
+    return piece.dtype == torch.float16 or torch.equal(piece.half().to(piece.dtype), piece)

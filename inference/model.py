@@ -11,14 +11,14 @@ from torch import nn
 
 from ..protocol.errors import ConfigError, LocalProtocolError
 from ..protocol.span import Span
-from .attention import AlibiBias, LaneRows, Plan
+from .attention import AlibiBias, LaneRows, Plan, Scratch
 from .cache import CacheShape
 
 RunBlock = Callable[[nn.Module, torch.Tensor, Plan], torch.Tensor]
 
 
 class Blocks:
-    """The blocks of ``span``, loaded, on one device and in one dtype."""
+    """The blocks of ``span``, loaded, on one device."""
 
     def __init__(
         self,
@@ -26,6 +26,7 @@ class Blocks:
         modules: Sequence[nn.Module],
         *,
         run_block: RunBlock,
+        dtype: torch.dtype,
         cache_shape: CacheShape,
         hidden_size: int,
         alibi_slopes: torch.Tensor | None,
@@ -33,15 +34,17 @@ class Blocks:
         self.span = span
         self.hidden_size = hidden_size
         self.cache_shape = cache_shape
-        self.dtype = cache_shape.dtype
+        self.dtype = dtype
+        """Of the hidden states; the weights and the cache may be narrower."""
         self.device = cache_shape.device
         self._modules = tuple(modules)
         self._run_block = run_block
         self._bias = None if alibi_slopes is None else AlibiBias(alibi_slopes)
+        self._scratch = Scratch(self.device)
 
     def plan(self, lanes: Sequence[LaneRows]) -> Plan:
         """The plan for one batch of the rows of ``lanes``, in this order; good for one ``run``."""
-        return Plan(lanes, self._bias)
+        return Plan(lanes, self._bias, self._scratch)
 
     @torch.inference_mode()
     def run(self, hidden: torch.Tensor, plan: Plan, span: Span | None = None) -> torch.Tensor:

@@ -1,35 +1,36 @@
 """Between torch tensors and the tensors of the wire.
 
 Rule of this file: nothing is copied that need not be. A received buffer is viewed where it lies;
-a tensor that is contiguous, on the CPU and of the right dtype is sent from its own memory.
+a tensor that is contiguous, on the CPU and of the right dtype is sent from its own memory. A
+conversion (another dtype, int8 in blocks) makes one new tensor of the target's size.
 """
 
 import numpy
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from ..protocol.tensor import DType, WireTensor
+from ..protocol.tensor import BLOCK_VALUES, SCALE_BYTES, DType, WireTensor, scales_of
 
-_TORCH = {
+_PLAIN = {
     DType.FLOAT32: torch.float32,
     DType.BFLOAT16: torch.bfloat16,
     DType.FLOAT16: torch.float16,
 }
-_WIRE = {torch_dtype: wire for wire, torch_dtype in _TORCH.items()}
+_WIRE = {torch_dtype: wire for wire, torch_dtype in _PLAIN.items()}
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """The torch dtype of a wire dtype."""
-    return _TORCH[dtype]
+    """What ``to_torch`` gives for a wire dtype: its own dtype, and float32 for int8 in blocks."""
+    return _PLAIN.get(dtype, torch.float32)
 
 
 def wire_dtype(dtype: torch.dtype) -> DType:
-    """The wire dtype of a torch dtype. Raises ValueError for one that never travels."""
+    """The wire dtype that keeps a torch dtype as it is. Raises ValueError if there is none."""
     try:
         return _WIRE[dtype]
     except KeyError:
         raise ValueError(
-            f"{dtype} does not travel; convert to one of {', '.join(DType)} first"
+            f"{dtype} does not travel; convert to one of {', '.join(_PLAIN)} first"
         ) from None
 
 
@@ -39,24 +40,67 @@ def to_torch(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The tensor in ``wire``, of its shape, in ``dtype`` (default: as it came) on ``device``.
+    """The tensor in ``wire``, of its shape, in ``dtype`` (default: ``torch_dtype``) on ``device``.
 
     Without a conversion this is a view of ``wire.data``, which stays alive as long as the tensor:
-    treat it as read-only.
+    treat it as read-only. Where a scale of an int8 tensor is not finite, neither are its values.
     """
     # numpy has no bfloat16, and torch.frombuffer warns about read-only memory: go through bytes
     # and DLPack, which knows read-only buffers.
     raw = from_dlpack(numpy.frombuffer(wire.data, dtype=numpy.uint8))
-    tensor = raw.view(_TORCH[wire.dtype]).view(wire.shape)
+    if wire.dtype is DType.INT8:
+        tensor = _unpack(raw, wire.shape)
+    else:
+        tensor = raw.view(_PLAIN[wire.dtype]).view(wire.shape)
     return tensor.to(device=device, dtype=dtype or tensor.dtype)
 
 
 def to_wire(tensor: torch.Tensor, dtype: DType | None = None) -> WireTensor:
     """``tensor`` as bytes in ``dtype`` (default: its own); a view of its memory where it can be.
 
-    The tensor must not be changed until the bytes are sent.
+    The tensor must not be changed until the bytes are sent. NaN and infinity stay what they are,
+    in int8 over the whole block of values that they are in: whoever receives them can tell.
     """
     target = wire_dtype(tensor.dtype) if dtype is None else dtype
-    own = tensor.detach().to(device="cpu", dtype=_TORCH[target]).contiguous()
+    if target is DType.INT8:
+        own = _pack(tensor.detach())
+    else:
+        own = tensor.detach().to(device="cpu", dtype=_PLAIN[target]).contiguous()
     data = own.view(-1).view(torch.uint8).numpy().data
-    return WireTensor(dtype=target, shape=tuple(own.shape), data=data)
+    return WireTensor(dtype=target, shape=tuple(tensor.shape), data=data)
+
+
+def _pack(tensor: torch.Tensor) -> torch.Tensor:
+    """Float values [..., width] as uint8 [rows, bytes of a row] on the CPU: scales, then int8.
+
+    Blockwise absmax quantisation as in Petals (the module docstring of ``protocol/tensor.py``).
+    """
+    width = tensor.shape[-1]
+    count = scales_of(width)
+    values = tensor.reshape(-1, width).float()
+    if width % BLOCK_VALUES:
+        values = torch.nn.functional.pad(values, (0, count * BLOCK_VALUES - width))
+    blocks = values.view(len(values), count, BLOCK_VALUES)
+    # A magnitude of inf must not become a quotient that is finite: inf / 127 is inf, as NaN is NaN.
+    scales = blocks.abs().amax(dim=2) / 127
+    steps = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]
+    quantised = steps.round_().clamp_(-127, 127).to(torch.int8).view(len(values), -1)[:, :width]
+    packed = torch.empty(
+        (len(values), SCALE_BYTES * count + width), dtype=torch.uint8, device=values.device
+    )
+    packed[:, : SCALE_BYTES * count] = scales.view(torch.uint8)
+    packed[:, SCALE_BYTES * count :] = quantised.view(torch.uint8)
+    return packed.cpu()
+
+
+def _unpack(raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """What ``_pack`` made, as float32 of ``shape``."""
+    width = shape[-1]
+    count = scales_of(width)
+    packed = raw.view(-1, SCALE_BYTES * count + width)
+    scales = packed[:, : SCALE_BYTES * count].reshape(-1).view(torch.float32).view(-1, count)
+    values = packed[:, SCALE_BYTES * count :].view(torch.int8)
+    if width % BLOCK_VALUES:
+        values = torch.nn.functional.pad(values, (0, count * BLOCK_VALUES - width))
+    blocks = values.reshape(len(packed), count, BLOCK_VALUES) * scales[:, :, None]
+    return blocks.view(len(packed), -1)[:, :width].reshape(shape)

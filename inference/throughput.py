@@ -1,58 +1,145 @@
-"""How fast this machine runs a block, for its announcements.
+"""How fast this machine runs a block, for its announcements and for people.
 
-A quick measurement, meant to rank peers, not to be exact: it takes well under a second for a
-small model and at least one step of each kind for a large one.
+Decoding is measured for 1, 8 and 32 sessions that share a batch, and prefill for one. That takes a
+few seconds at most, and is remembered per model, precision, device and versions, so that a node
+that starts again does not measure again. Speeds are of *one* block, the mean over those measured.
 """
 
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+import transformers
 
+from ..protocol.span import Span
 from .attention import LaneRows
 from .cache import LaneCache
 from .model import Blocks
 
+logger = logging.getLogger(__name__)
+
 _SECONDS = 0.2
-"""About how long each of the two measurements goes on."""
-_PREFILL_ROWS = 64
+"""About how long each of the four measurements goes on, beyond one run for warming up."""
+_PREFILL_ROWS = 128
 """Decoding is measured behind as many tokens."""
+_BATCHES = (1, 8, 32)
+_BLOCKS = 4
+"""At most so many blocks are run: enough that weights come from memory, few enough to be quick."""
+_REMEMBERED = 64
+"""Measurements in the file; the oldest go first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Tokens per second through *one* block, for one session."""
+    """Tokens per second through *one* block, of all sessions together."""
 
     decode: float
+    """Of a session that decodes alone."""
+    decode_8: float
+    """Of 8 sessions that decode together."""
+    decode_32: float
+    """Of 32 sessions that decode together."""
     prefill: float
+    """Of one prompt."""
 
 
 @torch.inference_mode()
 def measure(blocks: Blocks) -> Throughput:
     """Measure ``blocks``; call it before an engine runs them, or its steps count against us."""
-    cache = LaneCache(blocks.cache_shape, _PREFILL_ROWS + 1)
-    prefill = _rate(blocks, cache, rows=_PREFILL_ROWS)
-    cache.length = _PREFILL_ROWS
-    decode = _rate(blocks, cache, rows=1)
-    return Throughput(decode=decode, prefill=prefill)
+    caches = [LaneCache(blocks.cache_shape, _PREFILL_ROWS + 1) for _ in range(max(_BATCHES))]
+    prefill = _rate(blocks, caches[:1], rows=_PREFILL_ROWS)
+    for cache in caches:
+        cache.length = _PREFILL_ROWS  # what is in it does not matter for the time
+    alone, some, many = (_rate(blocks, caches[:batch], rows=1) for batch in _BATCHES)
+    return Throughput(decode=alone, decode_8=some, decode_32=many, prefill=prefill)
 
 
-def _rate(blocks: Blocks, cache: LaneCache, *, rows: int) -> float:
+def remembered(blocks: Blocks, *, model: str, precision: str, folder: Path) -> Throughput:
+    """``measure``, or what it gave the last time; ``folder`` keeps it.
+
+    ``model`` is its fingerprint. A file that cannot be read or written costs a measurement only.
+    """
+    path = folder / "throughput.json"
+    key = _key(blocks, model, precision)
+    known = _read(path)
+    if key not in known:
+        known[key] = measure(blocks)
+        _write(path, known)
+    return known[key]
+
+
+def _rate(blocks: Blocks, caches: Sequence[LaneCache], *, rows: int) -> float:
+    """Tokens per second through one block, with ``rows`` of each cache in the batch."""
+    span = Span(blocks.span.start, min(blocks.span.end, blocks.span.start + _BLOCKS))
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn((1, rows, blocks.hidden_size), generator=generator)
+    hidden = torch.randn((1, len(caches) * rows, blocks.hidden_size), generator=generator)
     hidden = hidden.to(dtype=blocks.dtype, device=blocks.device)
-    _step(blocks, cache, hidden)  # allocates, and chooses kernels
+
+    def step() -> None:
+        """One run over the same cached tokens each time: the lengths are never raised."""
+        blocks.run(hidden, blocks.plan([LaneRows(cache, rows) for cache in caches]), span)
+        if blocks.device.type == "cuda":
+            torch.cuda.synchronize(blocks.device)
+
+    step()  # allocates, and chooses kernels
     begin = time.perf_counter()
     steps, elapsed = 0, 0.0
     while elapsed < _SECONDS:
-        _step(blocks, cache, hidden)
+        step()
         steps += 1
         elapsed = time.perf_counter() - begin
-    return steps * rows * len(blocks.span) / elapsed
+    return steps * hidden.shape[1] * len(span) / elapsed
 
 
-def _step(blocks: Blocks, cache: LaneCache, hidden: torch.Tensor) -> None:
-    """One run over the same cached tokens each time: the length is never raised."""
-    blocks.run(hidden, blocks.plan([LaneRows(cache, hidden.shape[1])]))
-    if blocks.device.type == "cuda":
-        torch.cuda.synchronize(blocks.device)
+def _key(blocks: Blocks, model: str, precision: str) -> str:
+    """Whatever a speed depends on, but for what else the machine is doing."""
+    device = (
+        torch.cuda.get_device_name(blocks.device)
+        if blocks.device.type == "cuda"
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()}"
+    )
+    versions = f"torch {torch.__version__} transformers {transformers.__version__}"
+    threads = torch.get_num_threads()
+    parts = (model, precision, blocks.device.type, device, threads, versions, _source())
+    return " | ".join(map(str, parts))
+
+
+def _source() -> str:
+    """What changes when the code that is measured does."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in ("attention.py", "kernels.py", "linear.py", "throughput.py"):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _read(path: Path) -> dict[str, Throughput]:
+    try:
+        content = json.loads(path.read_bytes())
+        return {key: Throughput(**figures) for key, figures in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("%s is ignored: %s", path, error)
+        return {}
+
+
+def _write(path: Path, known: dict[str, Throughput]) -> None:
+    """Atomic: another node of this machine may write at the same time, and one of them wins."""
+    newest = list(known.items())[-_REMEMBERED:]
+    text = json.dumps({key: asdict(figures) for key, figures in newest}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(path)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error)

@@ -10,7 +10,7 @@ Nothing in a checkpoint executes: safetensors, or pickles under ``weights_only``
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,31 @@ from .hub import Source
 _STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Other dtypes are quantised in ways that need more than a conversion."""
 
-Reader = Callable[[str], torch.Tensor]
+Rows = Callable[[Sequence[tuple[int, int]]], list[torch.Tensor]]
+"""Entries ``start..stop-1`` along a tensor's first dimension for each pair, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a weight file."""
+
+    shape: torch.Size
+    _read: Rows
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Entries ``start..stop-1`` along the first dimension, on the CPU."""
+        return self._read([(start, stop)])[0]
+
+    def gather(self, indices: Sequence[int]) -> torch.Tensor:
+        """The entries at ``indices``, one behind the other."""
+        return torch.cat(self._read([(index, index + 1) for index in indices]))
+
+    def whole(self) -> torch.Tensor:
+        """All of it."""
+        return self.rows(0, self.shape[0])
+
+
+Reader = Callable[[str], Stored]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +87,11 @@ class Weights:
             raise ModelError(f"{self._source.name}: {self._source.missing(filename)}")
         return path
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each of ``names`` with its tensor on the CPU, file by file.
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Stored]]:
+        """Yield each of ``names`` with its tensor, file by file.
 
-        A tensor is a view of its file: copy it before taking the next one. Raises ModelError for
-        a tensor that is missing, a file that is missing, corrupt or cut off, and a stored dtype
-        that cannot be converted.
+        Raises ModelError, also while the tensor's rows are read, for a tensor that is missing, a
+        file that is missing, corrupt or cut off, and a stored dtype that cannot be converted.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
@@ -79,15 +102,9 @@ class Weights:
             by_file.setdefault(self._places[name].filename, []).append(name)
         for filename, wanted in sorted(by_file.items()):
             path = self.path(filename)
-            with _opened(path) as (_, read):
-                for name in wanted:
-                    tensor = read(self._places[name].key)
-                    if tensor.dtype not in _STORED:
-                        raise ModelError(
-                            f"{path}: {name} is stored as {tensor.dtype}; only float64, float32, "
-                            "bfloat16 and float16 checkpoints are supported"
-                        )
-                    yield name, tensor
+            _, read = _open(path)
+            for name in wanted:
+                yield name, read(self._places[name].key)
 
 
 def open_weights(source: Source) -> Weights:
@@ -95,8 +112,8 @@ def open_weights(source: Source) -> Weights:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         path = source.find(stem)
         if path is not None:
-            with _opened(path) as (keys, _):
-                places = {canonical(key): Place(stem, key) for key in keys}
+            keys, _ = _open(path)
+            places = {canonical(key): Place(stem, key) for key in keys}
             if not places:
                 raise ModelError(f"{path} holds no tensors")
             return Weights(source, places, index=None)
@@ -137,43 +154,66 @@ def _open_sharded(source: Source, path: Path) -> Weights:
     return Weights(source, places, index=index)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[list[str], Reader]]:
-    """The keys in a weight file and a function that reads one; errors become ModelErrors."""
-    opened = _opened_safetensors if path.suffix == ".safetensors" else _opened_pickle
-    with opened(path) as keys_and_reader:
-        yield keys_and_reader
+def _open(path: Path) -> tuple[list[str], Reader]:
+    """The keys in a weight file and what reads a tensor by its key; errors become ModelErrors."""
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
 
 
-@contextmanager
-def _opened_safetensors(path: Path) -> Iterator[tuple[list[str], Reader]]:
+def _open_safetensors(path: Path) -> tuple[list[str], Reader]:
     try:
-        file = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+        identity = _identity(path)
+    except OSError as error:
         raise _unreadable(path, error) from error
 
-    def read(key: str) -> torch.Tensor:
+    @contextmanager
+    def opened() -> Iterator[Any]:
         try:
-            tensor: torch.Tensor = file.get_tensor(key)  # type: ignore[no-untyped-call]
+            if _identity(path) != identity:
+                raise ModelError(f"{path} has changed since it was opened; start again")
+            with safe_open(path, framework="pt", device="cpu") as file:
+                yield file
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from error
-        return tensor
 
-    with file:
-        yield list(file.keys()), read  # type: ignore[no-untyped-call]
+    def read(key: str) -> Stored:
+        def rows(pairs: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+            with opened() as file:
+                entries = file.get_slice(key)
+                return [_convertible(path, key, entries[start:stop]) for start, stop in pairs]
+
+        with opened() as file:
+            return Stored(torch.Size(file.get_slice(key).get_shape()), rows)
+
+    with opened() as file:
+        return list(file.keys()), read
 
 
-@contextmanager
-def _opened_pickle(path: Path) -> Iterator[tuple[list[str], Reader]]:
+def _identity(path: Path) -> tuple[int, int, int]:
+    """What is different when the file is: rows are read from it for as long as the node runs."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _open_pickle(path: Path) -> tuple[list[str], Reader]:
     content = _load_pickle(path)
 
-    def read(key: str) -> torch.Tensor:
-        if not isinstance(content.get(key), torch.Tensor):
+    def read(key: str) -> Stored:
+        tensor = content.get(key)
+        if not isinstance(tensor, torch.Tensor):
             raise ModelError(f"{path} is corrupt: it holds no tensor {key}")
-        tensor: torch.Tensor = content[key]
-        return tensor
+        _convertible(path, key, tensor)
+        return Stored(tensor.shape, lambda pairs: [tensor[start:stop] for start, stop in pairs])
 
-    yield [key for key in content if isinstance(key, str)], read
+    return [key for key in content if isinstance(key, str)], read
+
+
+def _convertible(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype not in _STORED:
+        raise ModelError(
+            f"{path}: {key} is stored as {tensor.dtype}; only float64, float32, bfloat16 and "
+            "float16 checkpoints are supported"
+        )
+    return tensor
 
 
 def _load_pickle(path: Path) -> dict[object, Any]:

@@ -13,6 +13,7 @@ def main() -> None:
     # OpenMP's idle threads spin by default; with several nodes on one machine that costs most of
     # the speed. Whoever set it on purpose keeps their setting.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     from .cli import failures, logs
     from .cli.app import run_command_line
 

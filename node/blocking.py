@@ -214,13 +214,15 @@ def connect(
     initial_peers: Sequence[str] | None = None,
     *,
     dtype: str = "auto",
+    wire_dtype: str = "auto",
     device: str = "auto",
     data_dir: Path | str | None = None,
 ) -> Client:
     """Join a swarm to generate text with ``model`` (``demo``, a folder, or a hub id).
 
     ``initial_peers`` are multiaddrs of peers to join through; None: those in the environment
-    variable ``PETALS_BOOTSTRAP``. Raises ConfigError when there are none, PeerError when none can
+    variable ``PETALS_BOOTSTRAP``. ``dtype`` is what this machine computes the model's two ends in,
+    ``wire_dtype`` what hidden states travel in (as in ``NodeConfig``). Raises ConfigError when there are none, PeerError when none can
     be reached.
     """
     peers = bootstrap_from_environment() if initial_peers is None else tuple(initial_peers)
@@ -237,6 +239,7 @@ def connect(
             bootstrap=peers,
             data_dir=default_data_dir() if data_dir is None else Path(data_dir),
             dtype=dtype,
+            wire_dtype=wire_dtype,
             device=device,
         )
     )

@@ -12,6 +12,8 @@ from ..protocol.span import Span
 DATA_DIR_VARIABLE = "PETALS_DATA_DIR"
 BOOTSTRAP_VARIABLE = "PETALS_BOOTSTRAP"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WIRE_DTYPES = (*DTYPES, "int8")
+QUANTIZATIONS = ("none", "int8", "nf4")
 MAX_PUBLIC_NAME = 64
 
 
@@ -50,8 +52,15 @@ class NodeConfig:
     data_dir: Path = field(default_factory=default_data_dir)
     """Where this node keeps what it must not forget."""
     dtype: str = "auto"
-    """``float32``, ``bfloat16``, ``float16``; ``auto`` is float32 on a CPU (exact) and 16 bit on
-    CUDA."""
+    """``float32``, ``bfloat16``, ``float16``; ``auto`` is the fastest that does not round the
+    checkpoint's weights: on a CPU float32 (exact) for those in float16 and float32, which costs no
+    more than 16 bit for the former; 16 bit for those in bfloat16, and on CUDA."""
+    quantization: str = "none"
+    """What the blocks' weights are rounded to: ``none``, ``int8``, or ``nf4`` (4 bits)."""
+    wire_dtype: str = "auto"
+    """What hidden states of our own sessions travel in: ``float32`` (exact), ``bfloat16``,
+    ``float16``, or ``int8`` in blocks of 64 with a scale each; ``auto`` is float32 when the ends
+    are held in float32, else their 16-bit dtype."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:N``; ``auto`` takes CUDA when there is some."""
     cache_tokens: int | None = None
@@ -64,6 +73,14 @@ class NodeConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization: {self.quantization!r} is none of {', '.join(QUANTIZATIONS)}"
+            )
+        if self.wire_dtype not in WIRE_DTYPES:
+            raise ConfigError(
+                f"wire_dtype: {self.wire_dtype!r} is none of {', '.join(WIRE_DTYPES)}"
+            )
         if self.blocks is not None and self.num_blocks is not None:
             raise ConfigError("give either blocks (which ones) or num_blocks (how many), not both")
         if self.num_blocks is not None and self.num_blocks < 1:

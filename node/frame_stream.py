@@ -9,6 +9,7 @@ from ..protocol.codec import FrameDecoder, encode
 from ..protocol.errors import ErrorCode, PeerError, RemoteProtocolError
 from ..protocol.frames import PROTOCOL_VERSION, Failed, Frame, Hello, Refused
 from .network import Network, Stream
+from .wakeup import holding
 
 SEND_TIMEOUT = 60.0
 """Seconds that a frame (at most 4 MiB) may take to be handed over: 70 KB/s at least."""
@@ -33,7 +34,7 @@ class FrameStream:
     async def send(self, *frames: Frame) -> None:
         """Send the frames in order. Raises PeerError when the stream is broken or stuck."""
         buffers = [buffer for frame in frames for buffer in encode(frame)]
-        async with self._send_lock:
+        async with holding(self._send_lock):
             if self._hello is not None:
                 buffers = encode(self._hello) + buffers
                 self._hello = None

@@ -93,6 +93,7 @@ class YamuxStream(IMuxedStream):
 
     async def receive(self, max_bytes: int | None = None) -> bytes:
         """The next bytes, or b"" when the peer has closed its side."""
+        waited = False
         while not self._chunks:
             if self._abandoned_at is not None:
                 raise MuxedStreamClosed("the stream is closed")
@@ -102,7 +103,9 @@ class YamuxStream(IMuxedStream):
             if self._reset:
                 raise MuxedStreamReset(self._reset)
             await self._wait_for_news()
-        await trio.lowlevel.checkpoint()
+            waited = True
+        if not waited:
+            await trio.lowlevel.checkpoint()
         if not self._chunks:  # reset, or read by somebody else, meanwhile
             return await self.receive(max_bytes)
         chunk = self._chunks.popleft()
@@ -137,7 +140,10 @@ class YamuxStream(IMuxedStream):
                 if scope.cancelled_caught:
                     self.reset_now("the peer does not read what we send")
                 continue
-            await connection.data_slots.acquire()
+            try:  # ``acquire`` would give up this turn of the loop even for a free slot
+                connection.data_slots.acquire_nowait()
+            except trio.WouldBlock:
+                await connection.data_slots.acquire()
             size = min(len(view), self._sendable, MAX_PAYLOAD)
             if self._reset or self._local_closed or size == 0:
                 connection.data_slots.release()

@@ -11,7 +11,6 @@ import logging
 import random  # noqa: TID251 - this is the wiring
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
@@ -20,12 +19,14 @@ import trio
 
 from .. import __version__
 from ..inference.sampling_params import SamplingParams
+from ..inference.torch_thread import TorchThread
 from ..protocol.announcement import Announcement, PeerState, as_multiaddrs, merge_entries
 from ..protocol.errors import ConfigError, PeerError, PetalsError
 from ..protocol.frames import DESCRIBE_PROTOCOL, PROTOCOL_VERSION, SESSION_PROTOCOL, Hello
 from ..protocol.placement import choose_span
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
+from ..protocol.tensor import DType
 from . import describe
 from .config import NodeConfig
 from .identity import load_identity, new_identity
@@ -72,7 +73,7 @@ class Node:
         self._context = self._running()
         self._dice = random.Random()  # noqa: S311 - spreads load; nothing secret
         self._hello = Hello(PROTOCOL_VERSION, __version__[:64])
-        self._torch = ThreadPoolExecutor(1, thread_name_prefix="petals-torch")
+        self._torch = TorchThread()
         self._network: LoopbackNetwork | None = None
         self._membership: Membership | None = None
         self._nursery: trio.Nursery | None = None
@@ -143,6 +144,9 @@ class Node:
                 "rows": engine.rows,
                 "steps_queued": engine.queued,
                 "busy_seconds": engine.busy_seconds,
+                "prefix_tokens": engine.prefix_tokens,
+                "prefix_hits": engine.prefix_hits,
+                "prefix_tokens_reused": engine.prefix_tokens_reused,
             }
         return figures
 
@@ -219,17 +223,18 @@ class Node:
         swarm = self._swarm
 
         def load() -> "Originator":
-            from ..inference.device import resolve_device, resolve_dtype
             from ..inference.tensors import wire_dtype
             from .originate import Originator
 
-            device = resolve_device(self.config.device)
-            dtype = resolve_dtype(self.config.dtype, device, checkpoint.dtype)
+            dtype, device = self.config.dtype, self.config.device
+            ends = checkpoint.load_ends(dtype, device)
+            chosen = self.config.wire_dtype
+            narrow = wire_dtype(checkpoint.precision(dtype, device).cache)
             return Originator(
                 checkpoint,
-                checkpoint.load_ends(dtype, device),
+                ends,
                 checkpoint.load_tokenizer(),
-                wire_dtype=wire_dtype(dtype),
+                wire_dtype=narrow if chosen == "auto" else DType(chosen),
                 compute=self._in_torch_thread,
                 network=network,
                 router=SwarmRouter(
@@ -327,7 +332,7 @@ class Node:
                     with trio.move_on_after(LEAVE_TIMEOUT, shield=True):
                         await self._leave()
                     self._nursery.cancel_scope.cancel()
-                    self._torch.shutdown(wait=False, cancel_futures=True)
+                    self._torch.shutdown(timeout=0)
 
     async def _start_serving(self) -> None:
         network, membership = self._running_network(), self._running_membership()
@@ -338,7 +343,9 @@ class Node:
         from . import relay, serving
 
         served = await self._in_torch_thread(
-            partial(serving.load, checkpoint, self.span, self.config, logger.info)
+            partial(
+                serving.load, checkpoint, self.span, self.config, logger.info, thread=self._torch
+            )
         )
         self._served = served
         self._relay = relay.Relay(
@@ -387,8 +394,8 @@ class Node:
         return checkpoint
 
     async def _in_torch_thread(self, function: Callable[[], T]) -> T:
-        """Run ``function`` where this process loads weights and runs the ends."""
-        return await wait_future(self._torch.submit(function))
+        """Run ``function`` on the thread that runs torch in this process, the engine's, too."""
+        return await wait_future(self._torch.run(function))
 
     async def _stay_joined(self) -> None:
         """Bootstrap again when nobody is connected any more (an outage, a restarted peer)."""

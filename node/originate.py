@@ -100,6 +100,8 @@ class Session:
         self._terms = terms
         self._tokens: list[list[int]] = [[] for _ in range(terms.batch)]
         """Per sequence, what has gone around, and behind it what goes next."""
+        self._embedded: tuple[tuple[list[int], ...], WireTensor] | None = None
+        """The tokens sampled last, one a sequence, and their embeddings."""
         self.ring: Ring | None = None
         """Set while the session is open."""
 
@@ -142,7 +144,8 @@ class Session:
         for tokens, more in zip(self._tokens, token_ids, strict=True):
             tokens.extend(more)
         outputs = await ring.step(rows, want=want)
-        return torch.cat([to_torch(output) for output in outputs], dim=1)
+        tensors = [to_torch(output) for output in outputs]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
     async def write(
         self,
@@ -169,10 +172,13 @@ class Session:
         for _ in range(params.max_new_tokens):
             hidden = await self.forward(step)
 
-            def sample(hidden: torch.Tensor = hidden) -> list[int]:
-                return sampler.sample(ends.logits(hidden)[:, -1])
+            # One crossing to torch's thread a token: what is sampled now goes around next.
+            def sample(hidden: torch.Tensor = hidden) -> tuple[list[int], WireTensor]:
+                tokens = sampler.sample(ends.logits(hidden)[:, -1])
+                return tokens, self._embed_now([[token] for token in tokens])
 
-            tokens = await compute(sample)
+            tokens, embeddings = await compute(sample)
+            self._embedded = tuple([token] for token in tokens), embeddings
             for sequence, token in zip(self._tokens, tokens, strict=True):
                 sequence.append(token)
             for row, ended in enumerate(on_tokens(tokens)):
@@ -184,13 +190,15 @@ class Session:
 
     async def embed(self, start: int, stop: int) -> WireTensor:
         """The embeddings [batch, stop - start, hidden_size] of positions of this session."""
-        rows = torch.tensor([tokens[start:stop] for tokens in self._tokens])
-        ends, dtype = self.originator.ends, self._terms.wire_dtype
+        token_ids = tuple(tokens[start:stop] for tokens in self._tokens)
+        if self._embedded is not None and self._embedded[0] == token_ids:
+            return self._embedded[1]
+        return await self.originator.compute(lambda: self._embed_now(token_ids))
 
-        def embed() -> WireTensor:
-            return to_wire(ends.embed(rows), dtype)
-
-        return await self.originator.compute(embed)
+    def _embed_now(self, token_ids: Sequence[Sequence[int]]) -> WireTensor:
+        """On torch's thread: the embeddings of token ids [batch, rows], wherever they stand."""
+        embeddings = self.originator.ends.embed(torch.tensor(token_ids))
+        return to_wire(embeddings, self._terms.wire_dtype)
 
     def _running(self) -> Ring:
         if self.ring is None:

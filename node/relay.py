@@ -1,19 +1,24 @@
 """Serve other people's sessions: the shell around ``protocol/hop.py`` and the engine.
 
 A session lives exactly as long as the control stream on which its originator opened it. Its tasks
-are children of that stream's handler: one computes, one sends onward, one watches the clock. Steps
-come in on a second stream, the predecessor's link, whose handler only feeds the hop; so a link may
-break and come again without the session noticing.
+are children of that stream's handler: one sends onward, one watches the clock. Steps come in on a
+second stream, the predecessor's link, whose handler only feeds the hop; so a link may break and come
+again without the session noticing.
+
+A token costs few turns of the event loop, as each of them is paid at every hop: a step goes to the
+engine in the turn in which its frame was read, and its result goes into the log and wakes the task
+that sends it in the turn in which torch's thread has given it.
 """
 
 import collections
 import logging
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
+from functools import partial
 
 import trio
 
-from ..inference.engine import Engine
+from ..inference.engine import Engine, Priority
 from ..protocol.checks import Peer
 from ..protocol.codec import max_rows
 from ..protocol.errors import (
@@ -51,11 +56,14 @@ from ..protocol.hop import (
     SuccessorLost,
     Welcome,
     check_open,
+    offered_keys,
+    shares_prefixes,
 )
 from ..protocol.span import Span
+from ..protocol.tensor import WireTensor
 from .frame_stream import FrameStream, failed, open_frame_stream, refused
 from .network import Network, Stream
-from .wakeup import Signal, open_flat_nursery, wait_future
+from .wakeup import Signal, open_flat_nursery, wait_future, when_done
 
 logger = logging.getLogger(__name__)
 
@@ -80,24 +88,39 @@ MAX_SESSIONS = 1024
 class RelayedSession:
     """One session at this hop, shared by its control stream and its link."""
 
-    def __init__(self, opened: Open, control: FrameStream, hop: Hop) -> None:
+    def __init__(
+        self,
+        opened: Open,
+        control: FrameStream,
+        hop: Hop,
+        submit: Callable[["RelayedSession", Compute], None],
+    ) -> None:
         self.opened = opened
         self.control = control
         self.hop = hop
+        self._submit = submit
         self.changed = Signal()
-        self.steps: collections.deque[Step] = collections.deque()
-        """Taken in and not computed; the first one is in the engine."""
+        """There may be something to send, or room for steps."""
+        self.steps: collections.deque[Compute] = collections.deque()
+        """In the engine."""
         self.scope = trio.CancelScope()
         self.link_scope = trio.CancelScope()
         self.successor_scope = trio.CancelScope()
         self.closed = trio.Event()
         self.ending: Failed | None = None
         """What to tell the originator at the end, if it is not the originator that ends it."""
+        self.mistake: Exception | None = None
+        """What has gone wrong with a result, for the session's own task to raise."""
 
     @property
     def busy(self) -> bool:
         """Whether a step is being computed or waits to be."""
         return bool(self.steps)
+
+    @property
+    def over(self) -> bool:
+        """Whether results do not matter any more."""
+        return self.scope.cancel_called or self.closed.is_set()
 
     def receive(self, event: Event) -> list[Reply]:
         """Tell the hop and do what it asks for; returns what the caller is to send back."""
@@ -106,10 +129,12 @@ class RelayedSession:
             if isinstance(effect, Reply):
                 replies.append(effect)
             elif isinstance(effect, Compute):
-                self.steps.append(effect.step)
+                self.steps.append(effect)
+                self._submit(self, effect)
             elif isinstance(effect, DialSuccessor):
                 self.successor_scope.cancel()
-        self.changed.notify()
+        if not isinstance(event, Step):  # which has changed nothing yet
+            self.changed.notify()
         return replies
 
     def end(self, last_word: Failed) -> None:
@@ -140,6 +165,8 @@ class Relay:
         self._hello = hello
         self._on_load_change = on_load_change
         self._sessions: dict[bytes, RelayedSession] = {}
+        self._opening: set[bytes] = set()
+        """Sessions whose prefix is being restored."""
         self._changed = Signal()
         self._leaving = False
 
@@ -191,16 +218,44 @@ class Relay:
         rows = max_rows(opened.batch, self._hidden_size, opened.wire_dtype)
         check_open(opened, model=self._model, span_served=self._span, max_rows=rows)
         await self._replace(opened, control.peer_id)
-        if len(self._sessions) >= MAX_SESSIONS:
+        if opened.session in self._opening:
+            raise Refusal(ErrorCode.BAD_REQUEST, "a session of this id is being opened already")
+        if len(self._sessions) + len(self._opening) >= MAX_SESSIONS:
             raise CacheFull(f"this node has {MAX_SESSIONS} sessions already", retry_after=5.0)
         self._engine.open(
             opened.session,
             batch=opened.batch,
             max_tokens=opened.max_tokens,
             padding=opened.padding,
+            originator=control.peer_id,
+            priority=Priority.OWN if control.peer_id == self._network.peer_id else Priority.NORMAL,
+            prefixes=shares_prefixes(opened),
         )
-        hop = Hop(opened, hidden_size=self._hidden_size, now=trio.current_time())
-        session = RelayedSession(opened, control, hop)
+        restored = await self._restore(opened)
+        hop = Hop(opened, hidden_size=self._hidden_size, now=trio.current_time(), restored=restored)
+        await self._run_session(RelayedSession(opened, control, hop, self._submit), rows)
+
+    async def _restore(self, opened: Open) -> WireTensor | None:
+        """What we hold already of the prefix that was offered: outputs [1, rows, hidden_size]."""
+        if not opened.prefix:
+            return None
+        self._opening.add(opened.session)
+        restoring = self._engine.restore(
+            opened.session,
+            offered_keys(opened),
+            wire_dtype=opened.wire_dtype,
+            span=opened.span,
+        )
+        try:
+            return (await wait_future(restoring)).outputs
+        except BaseException:
+            self._engine.close(opened.session)
+            raise
+        finally:
+            self._opening.remove(opened.session)
+
+    async def _run_session(self, session: RelayedSession, rows: int) -> None:
+        opened, control = session.opened, session.control
         self._sessions[opened.session] = session
         self._changed.notify()
         self._on_load_change()
@@ -211,18 +266,19 @@ class Relay:
                     Ready(opened.epoch, left.cache_tokens_total - left.cache_tokens_used)
                 )
                 async with open_flat_nursery() as nursery:
-                    nursery.start_soon(self._compute, session)
                     nursery.start_soon(self._send_onward, session, min(rows, STEP_ROWS))
                     nursery.start_soon(self._watch_idle, session)
                     await self._read_control(session)
                     nursery.cancel_scope.cancel()
         finally:
             session.link_scope.cancel()
-            self._engine.close(opened.session)
+            self._engine.close(opened.session)  # before ``closed``: the id may be opened again then
             del self._sessions[opened.session]
             session.closed.set()
             self._changed.notify()
             self._on_load_change()
+        if session.mistake is not None:
+            raise session.mistake
         if session.ending is not None:
             await _say(control, session.ending)
 
@@ -248,31 +304,40 @@ class Relay:
                 await session.control.send(reply.frame)
             self._changed.notify()  # a link may have been waiting for this epoch
 
-    async def _compute(self, session: RelayedSession) -> None:
-        while True:
-            while not session.steps:
-                await session.changed.wait()
-            step = session.steps[0]
-            try:
-                hidden = await wait_future(
-                    self._engine.submit(
-                        session.opened.session,
-                        position=step.position,
-                        hidden=step.hidden,
-                        wire_dtype=session.opened.wire_dtype,
-                        span=session.opened.span,
-                    )
-                )
-            except (PetalsError, CancelledError) as error:
-                logger.warning("session of %s failed: %s", session.control.peer_id, error)
-                # what cannot be computed because of its input is the fault of whoever sent it
-                blamed = session.hop.predecessor if isinstance(error, RemoteProtocolError) else None
-                session.end(failed(ErrorCode.COMPUTE, str(error), blamed))
-                return
-            session.steps.popleft()
-            session.receive(Computed(step, hidden))
-            if self._leaving:
-                self._changed.notify()
+    def _submit(self, session: RelayedSession, compute: Compute) -> None:
+        step, opened = compute.step, session.opened
+        future = self._engine.submit(
+            opened.session,
+            position=step.position,
+            hidden=step.hidden,
+            wire_dtype=opened.wire_dtype,
+            span=opened.span,
+            keys=compute.labels,
+        )
+        when_done(future, partial(self._take_result, session, compute, future))
+
+    def _take_result(
+        self, session: RelayedSession, compute: Compute, future: "Future[WireTensor]"
+    ) -> None:
+        """The engine has computed a step; never raises."""
+        if session.over:
+            return
+        try:
+            hidden = future.result()
+        except (PetalsError, CancelledError) as error:
+            logger.warning("session of %s failed: %s", session.control.peer_id, error)
+            # what cannot be computed because of its input is the fault of whoever sent it
+            blamed = session.hop.predecessor if isinstance(error, RemoteProtocolError) else None
+            session.end(failed(ErrorCode.COMPUTE, str(error), blamed))
+            return
+        session.steps.popleft()
+        try:
+            session.receive(Computed(compute.step, hidden, compute.labels))
+        except Exception as error:  # noqa: BLE001 - raised here it would end the whole program
+            session.mistake = error
+            session.scope.cancel()
+        if self._leaving:
+            self._changed.notify()
 
     async def _watch_idle(self, session: RelayedSession) -> None:
         deadline = session.hop.next_deadline()

@@ -8,6 +8,7 @@ with it; the chain decides, they carry out.
 import collections
 import contextlib
 import logging
+import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol
@@ -52,6 +53,7 @@ from ..protocol.frames import (
     State,
     Step,
 )
+from ..protocol.prefix import HashedInputs
 from ..protocol.routing import RouteHop
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
@@ -125,11 +127,20 @@ class Ring:
         self._nursery = nursery
         self._max_rows = min(STEP_ROWS, max_rows(terms.batch, terms.hidden_size, terms.wire_dtype))
         self._chain = Chain(terms, own_peer_id=network.peer_id, now=trio.current_time())
+        self._inputs = HashedInputs(terms.hidden_size, terms.wire_dtype)
         self._outboxes: dict[str, collections.deque[Frame]] = {}
         self._hop_scopes: dict[str, trio.CancelScope] = {}
         self._link_scope = trio.CancelScope()
         self._delivered: collections.deque[WireTensor] = collections.deque()
         self._changed = Signal()
+        """The chain has other hops, a hop another frame to be sent."""
+        self._arrived = Signal()
+        """Rows have come back, or the session cannot go on."""
+        self._sendable = Signal()
+        """There may be something due for the first hop."""
+        self._clock_moved = Signal()
+        """The chain has a deadline before the one that is watched."""
+        self._watched = -math.inf
         self._error: NoRoute | None = None
         self._conversing = 0
         """Hops that we still talk to."""
@@ -175,10 +186,11 @@ class Ring:
         chain = self._chain
         self._delivered.clear()  # of a step that was cancelled
         chain.append(rows, want_from=chain.length + rows - want, now=trio.current_time())
-        self._changed.notify()
+        self._sendable.notify()
+        self._look_at_clock()
         while chain.expected < chain.length:
             self._raise_error()
-            await self._changed.wait()
+            await self._arrived.wait()
         self._raise_error()
         outputs = list(self._delivered)
         self._delivered.clear()
@@ -206,7 +218,17 @@ class Ring:
                 self._nursery.start_soon(self._link_first, effect, self._link_scope)
             elif isinstance(effect, Deliver):
                 self._delivered.append(effect.hidden)
+        if isinstance(event, Returned):
+            self._arrived.notify()
+            return  # every token: nobody else has to look
         self._changed.notify()
+        self._sendable.notify()
+        self._look_at_clock()
+
+    def _look_at_clock(self) -> None:
+        deadline = self._chain.next_deadline()
+        if deadline is not None and deadline < self._watched:
+            self._clock_moved.notify()
 
     def _start_hop(self, effect: OpenHop) -> None:
         peer_id = effect.peer.peer_id
@@ -342,7 +364,7 @@ class Ring:
             # tick must not take it along.
             due = self._chain.next_due(self._max_rows) if scope is self._link_scope else None
             if due is None:
-                await self._changed.wait()
+                await self._sendable.wait()
                 continue
             want_from = self._chain.expected
             hidden = await self._embed(due.start, due.stop)
@@ -361,6 +383,7 @@ class Ring:
 
     async def _mend(self) -> None:
         give_up = trio.current_time() + self._patience
+        entries = await self._hash_inputs()
         fresh = False
         while missing := self._chain.missing:
             try:
@@ -368,7 +391,7 @@ class Ring:
             except NoRoute as error:
                 if fresh and trio.current_time() >= give_up:
                     self._error = error
-                    self._changed.notify()
+                    self._arrived.notify()
                     await trio.sleep_forever()
                 if fresh:
                     await trio.sleep(ROUTE_RETRY_DELAY)
@@ -377,8 +400,18 @@ class Ring:
             planned = [block for hop in hops for block in range(hop.span.start, hop.span.end)]
             needed = [block for gap in self._chain.missing for block in range(gap.start, gap.end)]
             if planned == needed:  # else something was lost while we planned
-                self._receive(Routed(hops))
+                self._receive(Routed(hops, entries))
             await trio.lowlevel.checkpoint()
+
+    async def _hash_inputs(self) -> Sequence[bytes]:
+        """The entry digests of what goes into the chain, for new hops that may know it already."""
+        while (start := self._inputs.rows) < (end := self._chain.offerable):
+            stop = min(end, start + self._max_rows)
+            hidden = await self._embed(start, stop)
+            if stop > self._chain.offerable:
+                break  # rewound meanwhile: these rows may be of the time before or after
+            self._inputs.take(start, stop - start, hidden.data)
+        return self._inputs.digests
 
     async def _plan(self, missing: Sequence[Span], *, fresh: bool) -> list[ChainHop]:
         """Hops for the gaps; or, when only peers of the chain could fill them, a whole new chain."""
@@ -411,11 +444,15 @@ class Ring:
         return hops
 
     async def watch_clock(self) -> None:
-        """Tell the chain when its deadline has passed; a task of the session."""
+        """Tell the chain when its deadline has passed; a task of the session.
+
+        A deadline that is put off, as every token does, is noticed when the old one passes.
+        """
         while True:
             deadline = self._chain.next_deadline()
-            with trio.move_on_at(float("inf") if deadline is None else deadline) as waiting:
-                await self._changed.wait()
+            self._watched = math.inf if deadline is None else deadline
+            with trio.move_on_at(self._watched) as waiting:
+                await self._clock_moved.wait()
             if waiting.cancelled_caught:
                 self._receive(Ticked())
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..inference.checkpoint import Checkpoint, open_checkpoint
-from ..inference.device import resolve_device, resolve_dtype
+from ..inference.device import resolve_device
 from ..inference.engine import Engine
 from ..inference.memory import blocks_that_fit, default_cache_tokens
-from ..inference.throughput import Throughput, measure
+from ..inference.throughput import Throughput, remembered
+from ..inference.torch_thread import TorchThread
 from ..protocol.announcement import as_model_name
 from ..protocol.errors import ConfigError, ModelError
 from ..protocol.span import Span
@@ -26,7 +27,7 @@ class Capacity:
     """The blocks that the user chose; None: ``num_blocks`` of them, the swarm decides which."""
     num_blocks: int
     dtype: str
-    """What it will compute in, by torch's name."""
+    """What it will hold its weights in: torch's name, or that of the quantisation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,36 +49,49 @@ def capacity(checkpoint: Checkpoint, config: NodeConfig) -> Capacity:
     """What to serve of the checkpoint. Raises ModelError or ConfigError if that cannot be."""
     total = checkpoint.num_blocks
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device, checkpoint.dtype)
-    name = str(dtype).removeprefix("torch.")
+    precision = checkpoint.precision(config.dtype, device, config.quantization)
     if config.blocks is not None:
         if config.blocks.end > total:
             raise ModelError(
                 f"blocks {config.blocks} were asked for, but {checkpoint.name} has {total} blocks: "
                 f"0:{total}"
             )
-        return Capacity(config.blocks, len(config.blocks), name)
+        return Capacity(config.blocks, len(config.blocks), precision.name)
     if config.num_blocks is not None:
-        return Capacity(None, min(config.num_blocks, total), name)
-    fitting = blocks_that_fit(checkpoint, dtype, device)
+        return Capacity(None, min(config.num_blocks, total), precision.name)
+    fitting = blocks_that_fit(checkpoint, precision, device)
     if fitting < 1:
         raise ConfigError(
             f"not even one block of {checkpoint.name} fits the free memory of {device}; free some, "
             "use another device, or insist with num_blocks (--num-blocks 1)"
         )
-    return Capacity(None, fitting, name)
+    return Capacity(None, fitting, precision.name)
 
 
 def load(
-    checkpoint: Checkpoint, span: Span, config: NodeConfig, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    span: Span,
+    config: NodeConfig,
+    progress: Progress | None = None,
+    *,
+    thread: TorchThread | None = None,
 ) -> Served:
-    """Load and measure ``span``, and start its engine. Raises ModelError or ConfigError."""
+    """Load and measure ``span``, and start its engine, on ``thread`` if one is given.
+
+    Raises ModelError or ConfigError.
+    """
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device, checkpoint.dtype)
-    cache_tokens = config.cache_tokens or default_cache_tokens(checkpoint, len(span), dtype, device)
-    blocks = checkpoint.load_blocks(span, dtype, device, progress)
-    throughput = measure(blocks)
-    engine = Engine(blocks, cache_tokens=cache_tokens)
+    precision = checkpoint.precision(config.dtype, device, config.quantization)
+    cache_tokens = config.cache_tokens or default_cache_tokens(
+        checkpoint, len(span), precision, device
+    )
+    blocks = checkpoint.load_blocks(
+        span, config.dtype, device, progress, quantization=config.quantization
+    )
+    throughput = remembered(
+        blocks, model=checkpoint.fingerprint, precision=precision.name, folder=config.data_dir
+    )
+    engine = Engine(blocks, cache_tokens=cache_tokens, thread=thread)
     return Served(engine, span, throughput)
 
 

@@ -1,11 +1,11 @@
 """Small bridges over trio.
 
-A wake-up for tasks that share state, a nursery whose one failure stays one exception, and a wait
-for a worker thread's future.
+A wake-up for tasks that share state, a nursery whose one failure stays one exception, locks that do
+not cost a turn of the loop, and waits for a worker thread's future.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -59,16 +59,37 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
+@contextlib.asynccontextmanager
+async def holding(lock: trio.Lock | trio.Semaphore) -> AsyncIterator[None]:
+    """Hold ``lock``. One that is free is taken at once: trio's ``async with`` waits for a turn."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def when_done(future: "Future[T]", callback: Callable[[], None]) -> None:
+    """Call ``callback`` in trio's thread once another thread has completed ``future``.
+
+    It must not raise: nobody is there to catch it.
+    """
+    token = trio.lowlevel.current_trio_token()
+
+    def call(_: "Future[T]") -> None:
+        with contextlib.suppress(trio.RunFinishedError):  # nobody is left to be told
+            token.run_sync_soon(callback)
+
+    future.add_done_callback(call)
+
+
 async def wait_future(future: "Future[T]") -> T:
     """The result of ``future``, which another thread completes. Cancelling cancels the future."""
-    token = trio.lowlevel.current_trio_token()
     done = trio.Event()
-
-    def wake(_: "Future[T]") -> None:
-        with contextlib.suppress(trio.RunFinishedError):  # nobody is left to be woken
-            token.run_sync_soon(done.set)
-
-    future.add_done_callback(wake)
+    when_done(future, done.set)
     try:
         await done.wait()
     except trio.Cancelled:

@@ -11,6 +11,9 @@ Rules of this file:
   surviving hop holds, and no hidden state passes through the originator.
 * The originator's own log is the tokens: ``length`` of them; the shell embeds what ``next_due``
   says. Its link to the first hop is a link like any other.
+* A new hop is offered the prefix of the session that it may hold from another one, as far as the
+  shell knows what enters the chain (``Routed.entries``) and while nothing was ever rewound: what a
+  hop restores is of no rewind. What is offered follows from the whole route up to the hop.
 * ``expected`` is the next row that the originator wants back. Rows below it are duplicates, rows of
   an older rewind are stale.
 
@@ -27,6 +30,7 @@ from .errors import LocalProtocolError, RemoteProtocolError
 from .frames import Open, Output, Relink, Resume, State
 from .link import Due, LinkSender
 from .log import OutputLog, RewindHistory
+from .prefix import last_boundary, named_boundaries, offers
 from .span import Span, gaps
 from .tensor import DType, WireTensor
 
@@ -78,6 +82,9 @@ class Routed:
     """The shell has planned hops for all of ``chain.missing``."""
 
     hops: Sequence[ChainHop]
+    entries: Sequence[bytes] = ()
+    """Entry digests of the first 32, 64, … of the session's positions (``prefix.py``), up to
+    ``chain.offerable``; fewer or none offer less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +228,16 @@ class Chain:
         spans = (hop.span for hop in self.hops)
         return [] if self._closed else gaps(spans, self.terms.num_blocks)
 
+    @property
+    def offerable(self) -> int:
+        """Positions, up to a boundary, that a new hop might have from another session.
+
+        At least one row is left, so that there is something to come back.
+        """
+        if self._history.current or self.terms.batch > 1 or any(self.terms.padding):
+            return 0
+        return last_boundary(self.length)
+
     def append(self, tokens: int, *, want_from: int, now: float) -> None:
         """The log has ``tokens`` more positions; rows from ``want_from`` on are to come back."""
         if self.length + tokens > self.terms.max_tokens:
@@ -281,16 +298,25 @@ class Chain:
         self.hops = tuple(hops)
         self._progress, self._probed_at = now, None
         effects: list[Effect] = []
-        for hop, (predecessor, successor) in zip(hops, self._neighbours().values(), strict=True):
+        offered = offers(
+            event.entries[: named_boundaries(self.offerable)],
+            [(hop.peer.peer_id, hop.span) for hop in hops],
+            self.terms.wire_dtype,
+        )
+        for hop, (predecessor, successor), prefix in zip(
+            hops, self._neighbours().values(), offered, strict=True
+        ):
             peer_id = hop.peer.peer_id
             if peer_id in new:
-                effects.append(OpenHop(hop.peer, self._open(hop.span, predecessor, successor)))
+                opened = self._open(hop.span, predecessor, successor, prefix)
+                effects.append(OpenHop(hop.peer, opened))
             elif before[peer_id] != (predecessor, successor):
                 effects.append(RelinkHop(peer_id, Relink(self.epoch, predecessor, successor)))
         first = hops[0].peer
         if first.peer_id in new:
             self._sender.lost()
-            self._sender.assume_fresh()
+            if not offered[0]:
+                self._sender.assume_fresh()
             effects.append(LinkFirst(first, self.epoch))
         return effects
 
@@ -301,7 +327,9 @@ class Chain:
         successors: list[Peer | None] = [*(hop.peer for hop in self.hops[1:]), None]
         return dict(zip(ids, zip(predecessors, successors, strict=False), strict=False))
 
-    def _open(self, span: Span, predecessor: str, successor: Peer | None) -> Open:
+    def _open(
+        self, span: Span, predecessor: str, successor: Peer | None, prefix: tuple[bytes, ...]
+    ) -> Open:
         terms = self.terms
         return Open(
             session=terms.session,
@@ -314,6 +342,7 @@ class Chain:
             padding=terms.padding,
             max_tokens=terms.max_tokens,
             wire_dtype=terms.wire_dtype,
+            prefix=prefix,
         )
 
     def _ready(self, event: HopReady, now: float) -> list[Effect]:

@@ -65,7 +65,9 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
         except BadValueError as bad:
             raise LocalProtocolError(f"{kind}.{name} must be {bad}") from None
     tensors: list[WireTensor] = [getattr(frame, name) for name in _TENSOR_FIELDS[kind]]
-    header["tensors"] = [[tensor.dtype, list(tensor.shape), "none"] for tensor in tensors]
+    header["tensors"] = [
+        [tensor.dtype, list(tensor.shape), tensor.dtype.compression] for tensor in tensors
+    ]
     try:
         packed: bytes = msgpack.packb(header)
     except UnicodeEncodeError as error:
@@ -84,7 +86,7 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
 
 def max_rows(batch: int, hidden_size: int, dtype: DType) -> int:
     """How many rows of a session's hidden states fit one frame; 0 if not even one does."""
-    return (MAX_FRAME - MAX_HEADER) // (batch * hidden_size * dtype.size)
+    return (MAX_FRAME - MAX_HEADER) // (batch * dtype.row_bytes(hidden_size))
 
 
 def _shown(value: Any) -> str:
@@ -109,10 +111,12 @@ def _take_bin(body: memoryview, offset: int) -> tuple[memoryview, int]:
 def _wire_tensor(described: Any, data: memoryview) -> WireTensor:
     try:
         dtype_name, shape, compression = tuple_of(lambda item: item, 3)(described)
-        size = integer(1, MAX_FRAME)
-        if compression != "none":
-            raise RemoteProtocolError(f"unknown tensor compression {_shown(compression)}")
-        return WireTensor(dtype(dtype_name), tuple_of(size, MAX_DIMENSIONS)(shape), data)
+        size, elements = integer(1, MAX_FRAME), dtype(dtype_name)
+        if compression != elements.compression:
+            raise RemoteProtocolError(
+                f"unknown tensor compression {_shown(compression)} of {elements}"
+            )
+        return WireTensor(elements, tuple_of(size, MAX_DIMENSIONS)(shape), data)
     except ValueError:
         raise RemoteProtocolError("a tensor is described by [dtype, shape, compression]") from None
     except BadValueError as bad:

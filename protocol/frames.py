@@ -13,12 +13,15 @@ from typing import ClassVar
 from . import checks
 from .checks import MAX_BATCH, MAX_REASON, MAX_TOKENS, SESSION_ID_BYTES, Check, Peer
 from .errors import ErrorCode
+from .prefix import DIGEST_BYTES, MAX_PREFIXES
 from .span import Span
 from .tensor import DType, WireTensor
 
 PROTOCOL_VERSION = 1
 SESSION_PROTOCOL = "/petals/session/1"
 DESCRIBE_PROTOCOL = "/petals/describe/1"
+
+_digests = checks.tuple_of(checks.binary(DIGEST_BYTES, DIGEST_BYTES), MAX_PREFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,10 @@ class Open(Frame):
     """Positions that the session may grow to; its KV cache is reserved now."""
     wire_dtype: DType
     """What hidden states travel in, to and from this hop."""
+    prefix: tuple[bytes, ...] = ()
+    """The entry digests of the session's first 32, 64, … positions at this hop (``prefix.py``):
+    what it holds of them already need not be sent. With an offer, no step may come before
+    ``resume``."""
 
     KIND: ClassVar[str] = "open"
     CHECKS: ClassVar[Mapping[str, Check]] = {
@@ -79,6 +86,7 @@ class Open(Frame):
         "padding": checks.tuple_of(checks.position, MAX_BATCH),
         "max_tokens": checks.integer(1, MAX_TOKENS),
         "wire_dtype": checks.dtype,
+        "prefix": _digests,
     }
 
 
@@ -162,6 +170,9 @@ class Step(Frame):
     """The last hop returns the rows at this position and behind it to the originator."""
     hidden: WireTensor
     """[batch, rows, hidden_size] in the session's wire dtype."""
+    vouched: tuple[bytes, ...] = ()
+    """The sender's output digests of the boundaries at ``position``, in and behind the rows, as far
+    as it can vouch for them (``prefix.py``)."""
 
     KIND: ClassVar[str] = "step"
     CHECKS: ClassVar[Mapping[str, Check]] = {
@@ -170,6 +181,7 @@ class Step(Frame):
         "rewind": checks.counter,
         "position": checks.position,
         "want_from": checks.position,
+        "vouched": _digests,
     }
 
 

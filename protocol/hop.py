@@ -10,11 +10,14 @@ Rules of this file:
 * Rewinds take effect when their first step has been computed, in order with everything else.
 * Only the predecessor that the originator named may link, and only from the epoch on in which it
   was named.
+* A hop that was offered a prefix and holds it begins behind it. What it can say of where its rows
+  come from it says to the engine (``Compute.labels``) and, of rows computed, to its successor
+  (``Step.vouched``); ``prefix.py`` has the theory.
 
 ``receive`` takes an event and the time and returns effects; nothing here waits or does I/O.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, ClassVar
@@ -24,6 +27,16 @@ from .errors import ErrorCode, RemoteProtocolError
 from .frames import Open, Output, Probe, Relink, Resume, State, Step
 from .link import LinkReceiver, LinkSender, Verdict
 from .log import OutputLog, RewindHistory
+from .prefix import (
+    HashedInputs,
+    Label,
+    VouchedInputs,
+    boundaries,
+    named_boundaries,
+    output_digest,
+    storage_keys,
+    vouched_from,
+)
 from .tensor import WireTensor
 
 IDLE_TIMEOUT = 600.0
@@ -45,6 +58,8 @@ class Computed:
 
     step: Step
     hidden: WireTensor
+    labels: tuple[Label, ...] = ()
+    """Those of the effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +88,8 @@ class Compute:
     """
 
     step: Step
+    labels: tuple[Label, ...] = ()
+    """Storage keys of the boundaries that the step reaches, once it has been computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +112,13 @@ class Welcome(Enum):
 class Hop:
     """One session at one hop."""
 
-    def __init__(self, opened: Open, *, hidden_size: int, now: float) -> None:
+    def __init__(
+        self, opened: Open, *, hidden_size: int, now: float, restored: WireTensor | None = None
+    ) -> None:
+        """``restored``: outputs [1, rows, hidden_size] of the rows that are held already.
+
+        They belong to one of ``offered_keys(opened)``, whose last row they end with.
+        """
         self.opened = opened
         self.epoch = opened.epoch
         self.predecessor = opened.predecessor
@@ -103,10 +126,23 @@ class Hop:
         self._predecessor_since = opened.epoch
         self._hidden_size = hidden_size
         self._history = RewindHistory()
-        self._receiver = LinkReceiver()
-        self._sender = LinkSender(self._history)
         self._log = OutputLog(opened.batch, hidden_size, opened.wire_dtype)
-        self._want_from = 0
+        if restored is not None:
+            self._log.append(restored)
+        held = self._log.end
+        self._receiver = LinkReceiver(held)
+        self._sender = LinkSender(self._history)
+        known = opened.prefix[: named_boundaries(held)]
+        self._inputs: HashedInputs | VouchedInputs = (
+            HashedInputs(hidden_size, opened.wire_dtype, known)
+            if opened.span.start == 0
+            else VouchedInputs(known)
+        )
+        self._keys = list(offered_keys(opened)[: len(known)])
+        """The storage keys of what was taken in."""
+        self._outputs = [output_digest(key, opened.span) for key in self._keys]
+        """The output digests of what is in the log."""
+        self._want_from = held
         self._returned = 0
         self._last_heard = now
 
@@ -160,6 +196,7 @@ class Hop:
             position=due.start,
             want_from=self._want_from,
             hidden=self._log.read(due.start, due.stop),
+            vouched=vouched_from(due.start, due.stop, self._outputs),
         )
 
     def _next_output(self, max_rows: int) -> Output | None:
@@ -171,6 +208,8 @@ class Hop:
         return Output(self._history.current, start, self._log.read(start, stop))
 
     def _linked(self, _event: Linked) -> list[Effect]:
+        if isinstance(self._inputs, VouchedInputs):
+            self._inputs.linked()
         return [Reply(self._receiver.linked())]
 
     def _step(self, step: Step) -> list[Effect]:
@@ -190,8 +229,23 @@ class Hop:
             )
         verdict = self._receiver.take(step)
         if verdict is Verdict.ACCEPT:
-            return [Compute(step)]
+            return [Compute(step, self._label(step))]
         return [Reply(self._receiver.grant())] if verdict is Verdict.GAP else []
+
+    def _label(self, step: Step) -> tuple[Label, ...]:
+        """The storage keys that can be said of the rows up to the end of an accepted step."""
+        if not shares_prefixes(self.opened):
+            return ()
+        rows, inputs = step.hidden.shape[1], self._inputs
+        if isinstance(inputs, VouchedInputs):
+            inputs.take(step.position, rows, step.vouched)
+        else:
+            inputs.take(step.position, rows, step.hidden.data)
+        before = named_boundaries(step.position)
+        del self._keys[before:]
+        new = _keys(self.opened, inputs.digests[before:], *self._keys[-1:])
+        self._keys += new
+        return tuple(zip(boundaries(step.position, step.position + rows), new, strict=False))
 
     def _computed(self, event: Computed) -> list[Effect]:
         step = event.step
@@ -201,6 +255,9 @@ class Hop:
             self._sender.rewound(step.position)
             self._returned = 0  # outputs under way are of an older rewind: dropped on arrival
         self._log.append(event.hidden)
+        # Only now: a step that is still in the queue may have rewound what the log has.
+        del self._outputs[named_boundaries(step.position) :]
+        self._outputs += [output_digest(key, self.opened.span) for _, key in event.labels]
         self._want_from = step.want_from
         return []
 
@@ -220,6 +277,8 @@ class Hop:
             self.predecessor = relink.predecessor
             self._predecessor_since = relink.epoch
             self._receiver.grant()  # whatever the old predecessor has under way is stale
+            if isinstance(self._inputs, VouchedInputs):
+                self._inputs.sever()
         if relink.successor == self.successor and (relink.successor is None or self._sender.linked):
             return []  # else the same peer is opened anew, and the shell may have given it up
         self.successor = relink.successor
@@ -250,6 +309,27 @@ class Hop:
     }
 
 
+def shares_prefixes(opened: Open) -> bool:
+    """Whether the session's rows can be told apart by position alone: one sequence, no padding."""
+    return opened.batch == 1 and opened.padding == (0,)
+
+
+def offered_keys(opened: Open) -> tuple[bytes, ...]:
+    """The storage keys of the first 32, 64, … positions, as far as the originator has offered."""
+    return tuple(_keys(opened, opened.prefix))
+
+
+def _keys(opened: Open, entries: Iterable[bytes], before: bytes = b"") -> list[bytes]:
+    first = opened.span.start == 0
+    return storage_keys(
+        entries,
+        predecessor=None if first else opened.predecessor,
+        span=opened.span,
+        wire_dtype=opened.wire_dtype,
+        before=before,
+    )
+
+
 def check_open(opened: Open, *, model: str, span_served: Any, max_rows: int) -> None:
     """Raise ``Refusal`` if a hop that serves ``span_served`` of ``model`` cannot take part."""
     if opened.model != model:
@@ -265,6 +345,12 @@ def check_open(opened: Open, *, model: str, span_served: Any, max_rows: int) -> 
         raise Refusal(
             ErrorCode.BAD_REQUEST,
             f"a batch of {opened.batch} needs as many paddings, each below max_tokens",
+        )
+    offered, fitting = len(opened.prefix), named_boundaries(opened.max_tokens - 1)
+    if offered > (fitting if shares_prefixes(opened) else 0):
+        raise Refusal(
+            ErrorCode.BAD_REQUEST,
+            "a prefix may be offered for one sequence without padding that has room for more",
         )
     if max_rows < 1:
         raise Refusal(

@@ -11,8 +11,8 @@ Rules of this file:
 * Under one link number the sender's cursor only goes back for a rewind. The first step of a newer
   rewind therefore starts at a position below which everything that the receiver holds is true: it
   cuts itself there.
-* A receiver that nobody has linked to yet holds nothing, so grant 0 at position 0 needs no
-  ``Resume``: a new session's first step rides right behind ``open``.
+* A receiver that nobody has linked to yet holds nothing, unless it was offered a prefix, so grant
+  0 at position 0 needs no ``Resume``: a new session's first step rides right behind ``open``.
 """
 
 from dataclasses import dataclass
@@ -48,10 +48,11 @@ class Due:
 class LinkReceiver:
     """The receiving end: position, rewind, and which step comes next."""
 
-    def __init__(self) -> None:
+    def __init__(self, position: int = 0) -> None:
+        """``position``: rows that it holds before anybody has sent one."""
         self.link = 0
         self.sequence = 0
-        self.position = 0
+        self.position = position
         self.rewind = 0
         self._linked = False
 

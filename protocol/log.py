@@ -52,7 +52,7 @@ class OutputLog:
         self._batch = batch
         self._hidden_size = hidden_size
         self._dtype = dtype
-        self._row_bytes = hidden_size * dtype.size
+        self._row_bytes = dtype.row_bytes(hidden_size)
         self._chunks: list[tuple[int, int, memoryview]] = []
         """(start, rows, bytes), contiguous from position 0."""
         self.end = 0

@@ -78,6 +78,14 @@ DtypeOption = Annotated[
         "--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16, for computing."
     ),
 ]
+WireDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--wire-dtype",
+        metavar="TYPE",
+        help="auto, float32 (exact), bfloat16, float16 or int8, for what travels between peers.",
+    ),
+]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 ]
@@ -186,6 +194,14 @@ def run_command(
     ] = None,
     data_dir: DataDirOption = None,
     dtype: DtypeOption = "auto",
+    quantization: Annotated[
+        str,
+        typer.Option(
+            "--quantization",
+            metavar="MODE",
+            help="none, int8 or nf4: round the blocks' weights to 8 or 4 bits, to hold more.",
+        ),
+    ] = "none",
     device: DeviceOption = "auto",
     cache_tokens: Annotated[
         int | None,
@@ -218,6 +234,7 @@ def run_command(
         identity=identity,
         data_dir=data_dir,
         dtype=dtype,
+        quantization=quantization,
         device=device,
         cache_tokens=arguments.check_positive(cache_tokens, "--cache-tokens"),
         public_name=public_name,
@@ -241,6 +258,7 @@ def generate_command(
     seed: SeedOption = None,
     stop: StopOption = None,
     dtype: DtypeOption = "auto",
+    wire_dtype: WireDtypeOption = "auto",
     device: DeviceOption = "auto",
     json_result: Annotated[
         bool,
@@ -256,7 +274,9 @@ def generate_command(
     from . import generate, originator
 
     return generate.generate(
-        originator.node_config(model=model, bootstrap=bootstrap, dtype=dtype, device=device),
+        originator.node_config(
+            model=model, bootstrap=bootstrap, dtype=dtype, wire_dtype=wire_dtype, device=device
+        ),
         prompt,
         originator.sampling_params(
             max_new_tokens=max_new_tokens,
@@ -291,6 +311,7 @@ def chat_command(
         ),
     ] = None,
     dtype: DtypeOption = "auto",
+    wire_dtype: WireDtypeOption = "auto",
     device: DeviceOption = "auto",
     debug: DebugOption = False,
 ) -> int:
@@ -299,7 +320,9 @@ def chat_command(
     from . import arguments, chat, originator
 
     return chat.chat(
-        originator.node_config(model=model, bootstrap=bootstrap, dtype=dtype, device=device),
+        originator.node_config(
+            model=model, bootstrap=bootstrap, dtype=dtype, wire_dtype=wire_dtype, device=device
+        ),
         originator.sampling_params(
             max_new_tokens=max_new_tokens,
             temperature=temperature,

@@ -16,6 +16,7 @@ def node_config(
     model: str | None,
     bootstrap: Sequence[str] | None,
     dtype: str = "auto",
+    wire_dtype: str = "auto",
     device: str = "auto",
 ) -> NodeConfig:
     """The configuration of a node that serves no blocks, and keeps nothing on the disk."""
@@ -24,6 +25,7 @@ def node_config(
         serve=False,
         bootstrap=arguments.some_bootstrap_peers(bootstrap),
         dtype=dtype,
+        wire_dtype=wire_dtype,
         device=device,
     )
 

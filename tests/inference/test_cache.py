@@ -81,22 +81,22 @@ def test_lanes_hold_the_session_without_its_padding(
 @given(pieces=st.lists(st.integers(1, 100), min_size=1, max_size=8))
 def test_a_lane_returns_what_was_appended_through_growth(pieces: list[int]) -> None:
     lane = LaneCache(SHAPE, sum(pieces))
-    keys = torch.randn(2, sum(pieces), 3)
+    keys = torch.randn(2, 3, sum(pieces))
     for piece in pieces:
         end = lane.length + piece
         for block in (3, 4):
-            new = keys[:, lane.length : end] * block
+            new = keys[:, :, lane.length : end] * block
             got_keys, got_values = lane.append(block, new, -new)
-            assert torch.equal(got_keys, keys[:, :end] * block)
-            assert torch.equal(got_values, -keys[:, :end] * block)
+            assert torch.equal(got_keys, keys[:, :, :end] * block)
+            assert torch.equal(got_values, -keys[:, :, :end] * block)
         lane.length = end
     with pytest.raises(LocalProtocolError, match="in a cache reserved for"):
-        lane.append(3, keys[:, :1], keys[:, :1])
+        lane.append(3, keys[:, :, :1], keys[:, :, :1])
 
 
 def test_memory_follows_use_not_reservation() -> None:
     lane = LaneCache(SHAPE, 1_000_000)
-    row = torch.zeros(2, 1, 3)
+    row = torch.zeros(2, 3, 1)
     keys, _ = lane.append(0, row, row)
     assert keys.untyped_storage().nbytes() <= 64 * 2 * 3 * 4
     assert SHAPE.bytes_per_token == 2 * 2 * 3 * 4

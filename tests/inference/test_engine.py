@@ -9,8 +9,9 @@ import pytest
 import torch
 from petals.inference.attention import Plan
 from petals.inference.checkpoint import Checkpoint, open_checkpoint
-from petals.inference.engine import Engine
+from petals.inference.engine import MAX_QUEUED_STEPS, Engine, Priority
 from petals.inference.tensors import to_torch, to_wire
+from petals.inference.torch_thread import TorchThread
 from petals.protocol.errors import CacheFull, LocalProtocolError, ModelError, RemoteProtocolError
 from petals.protocol.span import Span
 from petals.protocol.tensor import DType, WireTensor
@@ -209,9 +210,10 @@ def test_the_output_has_the_wire_dtype(engine: Engine) -> None:
 
 def test_output_that_the_wire_dtype_cannot_hold(engine: Engine) -> None:
     engine.open(b"s", batch=1, max_tokens=10)
-    large = to_wire(torch.full((1, 1, 48), 1e6))
-    error = submit(engine, b"s", 0, large, wire_dtype=DType.FLOAT16).exception(timeout=60)
-    assert isinstance(error, ModelError) and "too large for float16" in str(error)
+    for count in (1, 3):
+        large = to_wire(torch.full((1, count, 48), 1e6))
+        error = submit(engine, b"s", 0, large, wire_dtype=DType.FLOAT16).exception(timeout=60)
+        assert isinstance(error, ModelError) and "too large for float16" in str(error)
 
 
 def test_only_the_step_that_fails_fails(
@@ -240,8 +242,26 @@ def test_only_the_step_that_fails_fails(
         bad.result(60)
     with pytest.raises(ModelError, match="gave NaN or infinity"):
         infinite.result(60)
+    longer = submit(engine, b"infinite", 0, to_wire(torch.full((1, 3, 48), 4321.0)))
+    with pytest.raises(ModelError, match="gave NaN or infinity"):
+        longer.result(60)
     assert "the session holds 0" in error_of(submit(engine, b"infinite", 1, rows(1)))
     submit(engine, b"bad", 0, rows(1)).result(60)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_memory_that_ends_before_the_blocks_fails_that_step_only(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    engine.open(b"s", batch=1, max_tokens=10)
+    with monkeypatch.context() as patch:
+        patch.setattr("petals.inference.rounds.to_torch", fail)
+        with pytest.raises(ModelError, match="computing blocks 0:5 failed: out of memory"):
+            submit(engine, b"s", 0, rows(count)).result(timeout=60)
+    submit(engine, b"s", 0, rows(count)).result(timeout=60)
 
 
 def test_closing_while_steps_wait_and_run(engine: Engine, gate: Gate) -> None:
@@ -297,6 +317,186 @@ def test_a_step_that_its_owner_cancelled_is_skipped(engine: Engine, gate: Gate) 
     assert gate.batches == [1, 2]
 
 
+def test_a_session_has_only_so_many_steps_waiting(engine: Engine, gate: Gate) -> None:
+    for name in (b"s", b"t"):
+        engine.open(name, batch=1, max_tokens=20)
+    futures = [submit(engine, b"s", 0, rows(1))]
+    assert gate.reached.acquire(timeout=60)
+    futures += [submit(engine, b"s", 1 + n, rows(1)) for n in range(MAX_QUEUED_STEPS)]
+    assert "steps waiting" in error_of(submit(engine, b"s", 1 + MAX_QUEUED_STEPS, rows(1)))
+    futures.append(submit(engine, b"t", 0, rows(1)))
+    gate.open()
+    for future in futures:
+        future.result(timeout=60)
+    submit(engine, b"s", 1 + MAX_QUEUED_STEPS, rows(1)).result(timeout=60)
+
+
+def test_prefills_go_by_priority_and_in_turns_between_originators(
+    engine: Engine, gate: Gate
+) -> None:
+    engine.open(b"first", batch=1, max_tokens=1)
+    for name, originator, priority in (
+        (b"background", "z", Priority.BACKGROUND),
+        (b"a1", "a", Priority.NORMAL),
+        (b"a2", "a", Priority.NORMAL),
+        (b"b", "b", Priority.NORMAL),
+        (b"own", "us", Priority.OWN),
+    ):
+        engine.open(name, batch=1, max_tokens=10, originator=originator, priority=priority)
+    submit(engine, b"first", 0, rows(1))
+    assert gate.reached.acquire(timeout=60)
+    sizes = {b"background": 6, b"a1": 3, b"a2": 4, b"b": 5, b"own": 2}
+    futures = [submit(engine, name, 0, rows(count)) for name, count in sizes.items()]
+    gate.open()
+    for future in futures:
+        future.result(timeout=60)
+    assert gate.batches == [1, 2, 3, 5, 4, 6]
+
+
+def test_a_round_waits_for_those_who_always_come_at_once(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0  # it goes on only while blocks run
+    engine = Engine(checkpoint.load_blocks(ALL), cache_tokens=100, clock=lambda: now)
+    run, batches = engine.blocks.run, list[int]()
+
+    def run_slowly(hidden: torch.Tensor, plan: Plan, span: Span) -> torch.Tensor:
+        nonlocal now
+        now += 0.08
+        batches.append(plan.rows)
+        return run(hidden, plan, span)
+
+    monkeypatch.setattr(engine.blocks, "run", run_slowly)
+    for name in (b"a", b"b", b"c"):
+        engine.open(name, batch=1, max_tokens=20)
+
+    def together(position: int) -> None:
+        begun, go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            begun.set()
+            assert go.wait(60)
+
+        engine.thread.run(hold)
+        assert begun.wait(60)
+        futures = [submit(engine, name, position, rows(1)) for name in (b"a", b"b", b"c")]
+        go.set()
+        for future in futures:
+            future.result(timeout=60)
+
+    together(0)
+    together(1)
+    first = submit(engine, b"a", 2, rows(1))
+    second = submit(engine, b"c", 2, rows(1))
+    engine.thread.run(lambda: None).result(timeout=60)
+    assert not first.done()
+    third = submit(engine, b"b", 2, rows(1))
+    for future in (first, second, third):
+        future.result(timeout=60)
+    assert batches == [3, 3, 3]
+    first, second = submit(engine, b"a", 3, rows(1)), submit(engine, b"b", 3, rows(1))
+    engine.close(b"c")
+    for future in (first, second):
+        future.result(timeout=60)
+    assert batches == [3, 3, 3, 2]
+    assert engine.shutdown()
+
+
+def test_a_session_closed_during_a_prefill_leaves_the_round_to_others(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(checkpoint, ALL, prefill_rows=4) as (engine,):
+        gate = Gate(engine, monkeypatch)
+        for name in (b"closed", b"decoding", b"waiting"):
+            engine.open(name, batch=1, max_tokens=20, originator=name.decode())
+        prefill = submit(engine, b"closed", 0, rows(20))
+        assert gate.reached.acquire(timeout=60)
+        others = [submit(engine, b"decoding", 0, rows(1)), submit(engine, b"waiting", 0, rows(6))]
+        engine.close(b"closed")
+        gate.open()
+        for future in others:
+            future.result(timeout=60)
+        with pytest.raises(CancelledError):
+            prefill.result(timeout=60)
+        assert gate.batches == [4, 1 + 4, 2]
+
+
+def test_an_engine_on_a_thread_that_others_use(checkpoint: Checkpoint) -> None:
+    thread = TorchThread()
+    engines = [
+        Engine(checkpoint.load_blocks(span), cache_tokens=100, thread=thread)
+        for span in (Span(0, 3), Span(3, 5))
+    ]
+    for engine in engines:
+        engine.open(b"s", batch=1, max_tokens=10)
+        submit(engine, b"s", 0, rows(2), span=engine.blocks.span).result(timeout=60)
+    assert engines[0].shutdown()
+    submit(engines[1], b"s", 2, rows(1), span=Span(3, 5)).result(timeout=60)
+    assert thread.run(lambda: 7).result(timeout=60) == 7
+    assert engines[1].shutdown()
+    assert thread.shutdown()
+    with pytest.raises(LocalProtocolError, match="shut down"):
+        Engine(engines[0].blocks, cache_tokens=100, thread=thread)
+
+
+def test_mixed_dtypes_in_one_round(engine: Engine, gate: Gate) -> None:
+    dtypes = [DType.FLOAT32, DType.BFLOAT16, DType.INT8, DType.FLOAT32, DType.BFLOAT16]
+    for number in range(5):
+        engine.open(bytes([number]), batch=1 + number % 2, max_tokens=2)
+    engine.open(b"first", batch=1, max_tokens=1)
+    submit(engine, b"first", 0, rows(1))
+    assert gate.reached.acquire(timeout=60)
+    hidden = [to_torch(rows(1, batch=1 + n % 2, seed=n)) for n in range(5)]
+    futures = [
+        submit(engine, bytes([n]), 0, to_wire(hidden[n], dtype), wire_dtype=dtype)
+        for n, dtype in enumerate(dtypes)
+    ]
+    gate.open()
+    for number, (future, dtype) in enumerate(zip(futures, dtypes, strict=True)):
+        got = future.result(timeout=60)
+        assert got.dtype is dtype
+        alone = submit(engine, bytes([number]), 0, to_wire(hidden[number])).result(timeout=60)
+        torch.testing.assert_close(to_torch(got).float(), to_torch(alone), rtol=0.1, atol=0.1)
+    assert gate.batches[:2] == [1, 7]
+
+
+def test_bad_rows_among_good_ones_are_refused_alone(engine: Engine, gate: Gate) -> None:
+    for name in (b"first", b"good", b"bad", b"also good"):
+        engine.open(name, batch=1, max_tokens=5)
+    submit(engine, b"first", 0, rows(1))
+    assert gate.reached.acquire(timeout=60)
+    good = submit(engine, b"good", 0, rows(1))
+    bad = submit(engine, b"bad", 0, to_wire(torch.full((1, 1, 48), torch.inf)))
+    also_good = submit(engine, b"also good", 0, rows(1, seed=1))
+    gate.open()
+    assert isinstance(bad.exception(timeout=60), RemoteProtocolError)
+    assert gate.batches == [1, 2]
+    for future, seed in ((good, 0), (also_good, 1)):
+        alone = submit(engine, b"first", 0, rows(1, seed=seed)).result(timeout=60)
+        torch.testing.assert_close(to_torch(future.result(timeout=60)), to_torch(alone))
+
+
+def test_values_that_only_add_up_to_infinity_are_fine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.blocks, "run", lambda hidden, *_: hidden)
+    engine.open(b"s", batch=1, max_tokens=5)
+    large = to_wire(torch.full((1, 1, 48), 3e38))
+    assert bytes(submit(engine, b"s", 0, large).result(timeout=60).data) == bytes(large.data)
+
+
+def test_what_is_handed_out_is_no_part_of_the_batch(engine: Engine, gate: Gate) -> None:
+    for name in (b"first", b"a", b"b"):
+        engine.open(name, batch=1, max_tokens=20)
+    submit(engine, b"first", 0, rows(1))
+    assert gate.reached.acquire(timeout=60)
+    futures = [submit(engine, b"a", 0, rows(1)), submit(engine, b"b", 0, rows(15))]
+    gate.open()
+    outputs = [future.result(timeout=60) for future in futures]
+    assert isinstance(outputs[0].data, bytes)
+    assert len(outputs[1].data) == 15 * 48 * 4
+
+
 def test_shutdown_with_steps_waiting_and_running(engine: Engine, gate: Gate) -> None:
     engine.open(b"s", batch=1, max_tokens=10)
     running = submit(engine, b"s", 0, rows(1))
@@ -338,4 +538,4 @@ def test_many_threads_open_step_and_close(checkpoint: Checkpoint) -> None:
 
 
 def test_the_worker_is_one_named_thread(engine: Engine) -> None:
-    assert [t.name for t in threading.enumerate()].count("petals-engine") == 1
+    assert [t.name for t in threading.enumerate()].count("petals-torch") == 1

@@ -10,6 +10,7 @@ import torch
 from petals.inference.attention import LaneRows
 from petals.inference.cache import LaneCache
 from petals.inference.checkpoint import Checkpoint, open_checkpoint
+from petals.inference.pace import Pace
 from petals.inference.sampling import SamplingParams
 from petals.protocol.span import Span
 from support.engines import Chain, generate, serving
@@ -113,6 +114,26 @@ def test_sessions_at_once_share_rounds_and_stay_exact(
             )
 
 
+def test_pieces_of_any_size_between_the_steps_of_others(
+    model: BloomForCausalLM, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = itertools.cycle([1, 7, 2, 16, 3])
+    monkeypatch.setattr(Pace, "prefill_rows", lambda *_: next(sizes))
+    long = [(7 * i) % 97 for i in range(90)]
+    jobs = [*([prompt] for prompt in PROMPTS), [long], PROMPTS]
+    ends = checkpoint.load_ends()
+    with (
+        serving(checkpoint, Span(0, 2), Span(2, 5)) as engines,
+        ThreadPoolExecutor(len(jobs)) as pool,
+    ):
+        running = [
+            pool.submit(generate, engines, ends, prompts, GREEDY, session_id=bytes([number]))
+            for number, prompts in enumerate(jobs)
+        ]
+        for prompts, tokens in zip(jobs, running, strict=True):
+            assert tokens.result() == reference_tokens(model, prompts, 16)
+
+
 def test_a_step_further_back_truncates_and_runs_again(
     model: BloomForCausalLM, checkpoint: Checkpoint
 ) -> None:
@@ -159,7 +180,7 @@ def test_sixteen_bits_stay_near_fp32(
     for precision in (torch.float32, dtype):
         blocks = checkpoint.load_blocks(Span(0, 1), precision)
         lane = LaneRows(LaneCache(blocks.cache_shape, 40), 40)
-        outputs.append(blocks.run(hidden.to(precision), blocks.plan([lane])).float())
+        outputs.append(blocks.run(hidden, blocks.plan([lane])))
     error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
     assert error < 0.02
 

@@ -1,4 +1,4 @@
-"""Device, dtype, memory and speed of this machine."""
+"""Device, memory and speed of this machine."""
 
 import subprocess
 import sys
@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from petals.inference import device, memory
+from petals.inference import memory, throughput
 from petals.inference.checkpoint import Checkpoint, open_checkpoint
-from petals.inference.device import resolve_device, resolve_dtype
-from petals.inference.linear import Linear, swap_linears
-from petals.inference.throughput import measure
+from petals.inference.device import resolve_device
 from petals.protocol.errors import ConfigError
 from petals.protocol.span import Span
-from support.tiny_bloom import save_bloom
+from support.tiny_bloom import save_bloom, tiny_bloom
 
 CPU = torch.device("cpu")
 
@@ -53,32 +51,31 @@ def test_devices_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda:2")
 
 
-def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda", 0)
-    assert resolve_dtype("auto", CPU, torch.bfloat16) == torch.float32
-    assert resolve_dtype("bfloat16", CPU, None) == torch.bfloat16
-    pretend_cuda(monkeypatch, 1)
-    assert resolve_dtype("auto", cuda, torch.float16) == torch.float16
-    assert resolve_dtype("auto", cuda, torch.float32) == torch.bfloat16
-    pretend_cuda(monkeypatch, 1, bf16=False)
-    assert resolve_dtype("auto", cuda, torch.bfloat16) == torch.float16
-    with pytest.raises(ConfigError, match="'int3' is not one of auto, float32"):
-        resolve_dtype("int3", CPU, None)
-    assert set(device.DTYPES) == {"float32", "bfloat16", "float16"}
-
-
 def test_blocks_that_fit(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     token = 2 * 48 * 4
     parameters = 12 * 48 * 48 + 13 * 48  # matrices; biases and norms
     assert checkpoint.block_parameters() == parameters
+    exact = checkpoint.precision("float32", CPU)
     block = parameters * 4 + 8192 * token
     for free, expected in ((0, 0), (block, 0), (1.3 * block, 1), (3.8 * block, 3), (99 * block, 5)):
         monkeypatch.setattr(memory, "free_memory", lambda _, free=free: int(free))
-        assert memory.blocks_that_fit(checkpoint, torch.float32, CPU) == expected
+        assert memory.blocks_that_fit(checkpoint, exact, CPU) == expected
     monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
-    assert memory.default_cache_tokens(checkpoint, 5, torch.float32, CPU) == 65_536
+    assert memory.default_cache_tokens(checkpoint, 5, exact, CPU) == 65_536
     monkeypatch.setattr(memory, "free_memory", lambda _: 0)
-    assert memory.default_cache_tokens(checkpoint, 5, torch.float32, CPU) == 2048
+    assert memory.default_cache_tokens(checkpoint, 5, exact, CPU) == 2048
+
+
+def test_narrow_weights_take_less_memory(tmp_path: Path) -> None:
+    stored_in_16_bits = open_checkpoint(save_bloom(tmp_path, tiny_bloom().half()))
+
+    def bytes_per_weight(dtype: str, quantization: str = "none") -> float:
+        precision = stored_in_16_bits.precision(dtype, CPU, quantization)
+        return stored_in_16_bits.block_bytes(precision) / stored_in_16_bits.block_parameters()
+
+    assert bytes_per_weight("auto") == bytes_per_weight("float16") == 2
+    assert 1 <= bytes_per_weight("auto", "int8") < 1.1
+    assert 0.5 < bytes_per_weight("auto", "nf4") < 0.6
 
 
 def test_free_memory_respects_a_containers_limit(
@@ -95,22 +92,26 @@ def test_free_memory_respects_a_containers_limit(
     assert memory.free_memory(CPU) > 2**20
 
 
-def test_throughput(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("petals.inference.throughput._SECONDS", 0.001)
-    throughput = measure(checkpoint.load_blocks(Span(1, 3)))
-    assert throughput.decode > 0
-    assert throughput.prefill > 0
+def test_throughput_is_measured_once(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(throughput, "_SECONDS", 0.001)
+    blocks = checkpoint.load_blocks(Span(1, 3))
+    folder = tmp_path / "data"
 
+    def speeds(precision: str = "float32") -> throughput.Throughput:
+        return throughput.remembered(blocks, model="a", precision=precision, folder=folder)
 
-def test_swapped_linears_keep_their_parameters_and_results() -> None:
-    inner = torch.nn.Sequential(torch.nn.Linear(3, 4))
-    module = torch.nn.Sequential(inner, torch.nn.Linear(4, 2))
-    x = torch.randn(5, 3)
-    before, names = module(x), list(module.state_dict())
-    swap_linears(module)
-    assert isinstance(module[1], Linear) and isinstance(inner[0], Linear)
-    assert list(module.state_dict()) == names
-    assert torch.equal(module(x), before)
+    first = speeds()
+    assert min(first.decode, first.decode_8, first.decode_32, first.prefill) > 0
+    assert speeds() == first
+    assert speeds("float16") != first
+    for damage in ("", "[]", '{"x": 1}', '{"x": {"decode": 1}}'):
+        (folder / "throughput.json").write_text(damage)
+        assert speeds().decode > 0
+    (folder / "throughput.json").unlink()
+    (folder / "throughput.json").mkdir()
+    assert speeds().decode > 0, "what cannot be remembered is measured"
 
 
 def test_sampling_parameters_cost_no_torch() -> None:

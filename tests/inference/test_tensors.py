@@ -1,5 +1,7 @@
 """Tensors come back as they were sent, without a copy where none is needed."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,9 +9,11 @@ from hypothesis import strategies as st
 from petals.inference.tensors import to_torch, to_wire, torch_dtype, wire_dtype
 from petals.protocol.tensor import DType, WireTensor
 
+PLAIN = [DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16]
+
 
 @given(
-    dtype=st.sampled_from(list(DType)),
+    dtype=st.sampled_from(PLAIN),
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple),
     kind=st.sampled_from([bytes, bytearray, memoryview]),
     offset=st.integers(0, 9),
@@ -56,3 +60,61 @@ def test_dtypes_that_do_not_travel() -> None:
     assert wire_dtype(torch.float16) is DType.FLOAT16
     with pytest.raises(ValueError, match=r"torch\.int64 does not travel"):
         to_wire(torch.zeros(2, dtype=torch.int64))
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 200)),
+    offset=st.integers(0, 9),
+    seed=st.integers(0, 1000),
+)
+def test_int8_is_near(shape: tuple[int, ...], offset: int, seed: int) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    wire = to_wire(tensor, DType.INT8)
+    assert (wire.dtype, wire.shape) == (DType.INT8, shape)
+    frame = memoryview(bytes(offset) + bytes(wire.data))[offset:]
+    received = to_torch(WireTensor(DType.INT8, shape, frame))
+    assert (received.shape, received.dtype) == (tensor.shape, torch_dtype(DType.INT8))
+    # Half a step of the largest magnitude of any block, and the rounding of the scale itself.
+    assert (received - tensor).abs().max() <= tensor.abs().max() / 127 * 0.5 * (1 + 1e-5)
+
+
+def test_the_error_of_int8_on_normal_rows() -> None:
+    tensor = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)) * 37
+    error = to_torch(to_wire(tensor, DType.INT8)) - tensor
+    assert error.square().mean().sqrt() / tensor.square().mean().sqrt() < 0.007
+    sixteen_bit = to_wire(tensor.bfloat16(), DType.INT8)
+    assert to_torch(sixteen_bit, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_layout_of_int8() -> None:
+    """Two rows of 65 values: two scales and 65 bytes each, so that rows can be cut apart."""
+    rows = torch.zeros(2, 65)
+    rows[0, 0], rows[0, 1], rows[0, 64] = 127, -2, 254
+    data = bytes(to_wire(rows, DType.INT8).data)
+    assert len(data) == 2 * DType.INT8.row_bytes(65) == 2 * 73
+    assert data[:8].hex() == "0000803f00000040"
+    assert data[8:73] == bytes([127, 254]) + bytes(62) + bytes([127])
+    assert data[73:] == bytes(73)
+    [second] = to_torch(WireTensor(DType.INT8, (1, 65), data[73:]))
+    assert torch.equal(second, torch.zeros(65))
+
+
+def test_a_tiny_value_gives_something_near_it_in_int8() -> None:
+    tensor = torch.tensor([[1e-40, -1e-44, 0.0]])
+    assert to_torch(to_wire(tensor, DType.INT8)).abs().max() <= 1e-40
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_stays_so_in_int8(bad: float) -> None:
+    tensor = torch.zeros(2, 130)
+    tensor[1, 70] = bad
+    received = to_torch(to_wire(tensor, DType.INT8))
+    assert torch.isfinite(received[0]).all()
+    assert torch.isfinite(received[1, :64]).all()
+    assert not torch.isfinite(received[1, 64:128]).any()
+
+
+@pytest.mark.parametrize("scale", ["0000807f", "0000c07f"])
+def test_a_scale_that_is_not_finite_makes_values_that_are_not(scale: str) -> None:
+    data = bytes.fromhex(scale) + bytes(range(3))
+    assert not torch.isfinite(to_torch(WireTensor(DType.INT8, (3,), data))[1:]).any()

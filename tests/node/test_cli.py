@@ -49,6 +49,11 @@ def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate", "x", "--bootstrap", PEER, "--repetition-penalty", "0"], "repetition_"),
         (["generate", "x", "--bootstrap", PEER, "--seed", "-1"], "seed"),
         (["generate", "x", "--bootstrap", PEER, "--stop", ""], "stop"),
+        (
+            ["generate", "x", "--bootstrap", PEER, "--wire-dtype", "int4"],
+            "wire_dtype: 'int4' is none of auto, float32, bfloat16, float16, int8",
+        ),
+        (["chat", "--bootstrap", PEER, "--wire-dtype", "8"], "wire_dtype: '8' is none of"),
         (["chat"], "no way into a swarm"),
         (["chat", "--bootstrap", PEER, "--max-tokens", "0"], "--max-tokens: 0 is too few"),
         (["status"], "no way into a swarm"),

@@ -1,4 +1,7 @@
+import dataclasses
+
 import pytest
+from petals.protocol import prefix
 from petals.protocol.chain import (
     PROBE_TIMEOUT,
     STALL_TIMEOUT,
@@ -575,3 +578,84 @@ def test_a_chain_shows_its_state() -> None:
     )
     chain.receive(HopLost("b", "gone"), 0.0)
     assert repr(chain).startswith("Chain(routing, epoch=1, hops=[a[0:2]], ")
+
+
+# --- prefixes -------------------------------------------------------------------------------------
+
+ENTRIES = [b"1" * 32, b"2" * 32, b"3" * 32]
+
+
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boundaries at 4, 8, 12."""
+    monkeypatch.setattr(prefix, "PREFIX_ROWS", 4)
+
+
+def offering(chain: Chain, hop_names: str) -> dict[str, int]:
+    """How many digests each new hop is offered."""
+    effects = chain.receive(Routed(hops(hop_names), ENTRIES), 0.0)
+    return {name: len(frame.prefix) for name, frame in opening(effects).items()}
+
+
+@pytest.mark.usefixtures("_short")
+def test_hops_are_offered_what_enters_them() -> None:
+    chain = make()
+    chain.append(10, want_from=9, now=0.0)
+    frames = opening(chain.receive(Routed(hops("a=0:2 b=2:4 c=4:6"), ENTRIES), 0.0))
+    path = [("a", Span(0, 2)), ("b", Span(2, 4)), ("c", Span(4, 6))]
+    assert [frames[name].prefix for name in "abc"] == prefix.offers(
+        ENTRIES[:2], path, DType.FLOAT16
+    )
+
+
+@pytest.mark.usefixtures("_short")
+def test_a_first_hop_with_an_offer_has_to_say_what_it_holds() -> None:
+    chain = make()
+    chain.append(10, want_from=9, now=0.0)
+    offering(chain, "a=0:6")
+    assert chain.next_due(20) is None
+    chain.receive(Resume(0, 8, 0), 0.0)
+    assert chain.next_due(20) == Due(0, 0, 0, 8, 10)
+
+
+@pytest.mark.usefixtures("_short")
+@pytest.mark.parametrize(("length", "offered"), [(1, 0), (4, 0), (5, 1), (8, 1), (9, 2), (20, 3)])
+def test_a_row_is_left_to_come_back(length: int, offered: int) -> None:
+    chain = make()
+    chain.append(length, want_from=length - 1, now=0.0)
+    assert offering(chain, "a=0:6") == {"a": offered}
+    assert (chain.next_due(20) is None) == (offered > 0)
+
+
+@pytest.mark.usefixtures("_short")
+def test_nothing_is_offered_before_there_are_tokens_or_after_a_rewind() -> None:
+    chain = make()
+    assert chain.offerable == 0
+    assert offering(chain, "a=0:6") == {"a": 0}
+    chain.append(10, want_from=9, now=0.0)
+    assert chain.offerable == 8
+    chain.rewind(9)
+    chain.receive(HopLost("a", "gone"), 0.0)
+    assert offering(chain, "b=0:6") == {"b": 0}
+
+
+@pytest.mark.usefixtures("_short")
+def test_nothing_is_offered_of_a_batch_or_of_padded_rows() -> None:
+    batch = make(batch=2)
+    padded = Chain(dataclasses.replace(make().terms, padding=(1,)), own_peer_id="me", now=0.0)
+    for chain in (batch, padded):
+        chain.append(10, want_from=9, now=0.0)
+        assert offering(chain, "a=0:6") == {"a": 0}
+
+
+@pytest.mark.usefixtures("_short")
+def test_a_replacement_is_offered_what_enters_it_on_the_new_route() -> None:
+    chain = make()
+    chain.append(10, want_from=9, now=0.0)
+    chain.receive(Routed(hops("a=0:2 b=2:4 c=4:6"), ENTRIES), 0.0)
+    chain.append(6, want_from=15, now=0.0)
+    chain.receive(HopLost("b", "gone"), 0.0)
+    frames = opening(chain.receive(Routed(hops("d=2:3 e=3:4"), ENTRIES), 0.0))
+    path = [("a", Span(0, 2)), ("d", Span(2, 3)), ("e", Span(3, 4)), ("c", Span(4, 6))]
+    _, of_d, of_e, _ = prefix.offers(ENTRIES, path, DType.FLOAT16)
+    assert {name: frame.prefix for name, frame in frames.items()} == {"d": of_d, "e": of_e}

@@ -1,5 +1,4 @@
 import itertools
-import math
 from typing import Any
 
 import msgpack
@@ -167,7 +166,7 @@ def test_as_many_rows_as_fit_do_fit(batch: int, hidden_size: int, dtype: DType) 
     rows = max_rows(batch, hidden_size, dtype)
     assert rows >= 1
     shape = (batch, rows, hidden_size)
-    tensor = WireTensor(dtype, shape, bytes(math.prod(shape) * dtype.size))
+    tensor = WireTensor(dtype, shape, bytes(batch * rows * dtype.row_bytes(hidden_size)))
     assert len(encode(Output(0, 0, tensor))) == 3
 
 
@@ -325,9 +324,12 @@ def test_a_frame_carries_exactly_its_tensors(described: object, tensors: list[by
         (None, "a tensor's dtype or shape is not a list of at most 3"),
         (["float32", [1, 1, 2]], "a tensor is described by [dtype, shape, compression]"),
         (["float32", [1, 1, 2], "none", 0], "a tensor's dtype or shape is not a list of at most 3"),
-        (["float32", [1, 1, 2], "zip"], "unknown tensor compression 'zip'"),
-        (["float32", [1, 1, 2], None], "unknown tensor compression of type NoneType"),
-        (["int8", [1, 1, 8], "none"], "a tensor's dtype or shape is not one of float32, bfloat16, float16"),
+        (["float32", [1, 1, 2], "zip"], "unknown tensor compression 'zip' of float32"),
+        (["float32", [1, 1, 2], "absmax64"], "unknown tensor compression 'absmax64' of float32"),
+        (["float32", [1, 1, 2], None], "unknown tensor compression of type NoneType of float32"),
+        (["int8", [1, 1, 8], "none"], "unknown tensor compression 'none' of int8"),
+        (["int8", [1, 1, 8], "absmax64"], "a int8 tensor of shape (1, 1, 8) takes 12 bytes, got 8"),
+        (["int4", [1, 1, 8], "none"], "a tensor's dtype or shape is not one of float32, bfloat16, float16, int8"),
         ([4, [1, 1, 2], "none"], "a tensor's dtype or shape is not a text of at most 32 characters"),
         (["float32", [1, 0, 2], "none"], "a tensor's dtype or shape is not an integer from 1 to 4194304"),
         (["float32", [1, 1, 1, 1, 2], "none"], "a tensor's dtype or shape is not a list of at most 4"),

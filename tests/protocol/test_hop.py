@@ -405,6 +405,19 @@ def test_a_hop_takes_part_in_what_it_serves() -> None:
             ErrorCode.BAD_REQUEST,
             "a batch of 2 needs as many paddings, each below max_tokens",
         ),
+        *(
+            (
+                frame,
+                ErrorCode.BAD_REQUEST,
+                "a prefix may be offered for one sequence without padding that has room for more",
+            )
+            for frame in (
+                opened(prefix=(bytes(32),), max_tokens=32),
+                opened(prefix=(bytes(32),) * 3, max_tokens=96),
+                opened(prefix=(bytes(32),), max_tokens=100, batch=2, padding=(0, 0)),
+                opened(prefix=(bytes(32),), max_tokens=100, padding=(1,)),
+            )
+        ),
     ],
 )
 def test_a_hop_refuses_what_it_cannot_do(frame: Open, code: ErrorCode, reason: str) -> None:
@@ -417,3 +430,7 @@ def test_a_hop_refuses_a_batch_of_which_no_row_fits_a_frame() -> None:
     with pytest.raises(Refusal, match="one row of a batch of 1 does not fit a frame") as refusal:
         check(opened(), max_rows=0)
     assert refusal.value.code is ErrorCode.BAD_REQUEST
+
+
+def test_a_hop_takes_part_in_a_session_that_offers_a_prefix() -> None:
+    check(opened(prefix=(bytes(32),) * 3, max_tokens=97))

@@ -2,9 +2,11 @@
 
 import itertools
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from petals.protocol import prefix
 from petals.protocol.chain import ChainState
 from petals.protocol.span import Span
 from support.ring_world import MAX_TOKENS, ME, NUM_BLOCKS, RingWorld, reference
@@ -17,11 +19,14 @@ def split(cuts: frozenset[int], whole: Span) -> list[Span]:
 
 
 cuts = st.frozensets(st.integers(1, NUM_BLOCKS - 1), max_size=4)
+branches = st.sampled_from([0, 0, 0, 1])
 
 
 class Ring(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(prefix, "PREFIX_ROWS", 3)
         self.world = RingWorld(split(frozenset({2, 4}), Span(0, NUM_BLOCKS)))
 
     def pick(self, data: st.DataObject) -> str:
@@ -31,7 +36,15 @@ class Ring(RuleBasedStateMachine):
     @rule(data=st.data())
     def append(self, data: st.DataObject) -> None:
         count = data.draw(st.integers(1, min(6, MAX_TOKENS - len(self.world.tokens))))
-        self.world.append(count, data.draw(st.integers(1, count)))
+        self.world.append(count, data.draw(st.integers(1, count)), data.draw(branches))
+
+    @rule(
+        cuts=st.sampled_from([frozenset({2, 4}), frozenset({3})]), data=st.data(), branch=branches
+    )
+    def again(self, cuts: frozenset[int], data: st.DataObject, branch: int) -> None:
+        count = data.draw(st.integers(1, 12))
+        want = data.draw(st.integers(1, count))
+        self.world.again(split(cuts, Span(0, NUM_BLOCKS)), count, want, branch)
 
     @precondition(lambda self: self.world.tokens)
     @rule(data=st.data())
@@ -116,6 +129,12 @@ class Ring(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """However bad it was: once links hold again, everything wanted comes back."""
+        try:
+            self.mend()
+        finally:
+            self.patch.undo()
+
+    def mend(self) -> None:
         world = self.world
         if world.tokens:
             first = world.chain.hops[0]

@@ -4,14 +4,22 @@ from petals.protocol.tensor import DType, WireTensor
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size"), [(DType.FLOAT32, 4), (DType.BFLOAT16, 2), (DType.FLOAT16, 2)]
+    ("dtype", "width", "size"),
+    [
+        (DType.FLOAT32, 3, 12),
+        (DType.BFLOAT16, 3, 6),
+        (DType.FLOAT16, 3, 6),
+        (DType.INT8, 1, 4 + 1),
+        (DType.INT8, 64, 4 + 64),
+        (DType.INT8, 65, 8 + 65),
+    ],
 )
-def test_a_tensor_has_as_many_bytes_as_its_shape_says(dtype: DType, size: int) -> None:
-    assert dtype.size == size
-    data = bytes(2 * 3 * size)
-    assert WireTensor(dtype, (2, 3), memoryview(data)).data == data
+def test_a_tensor_has_as_many_bytes_as_its_shape_says(dtype: DType, width: int, size: int) -> None:
+    assert dtype.row_bytes(width) == size
+    data = bytes(2 * size)
+    assert WireTensor(dtype, (2, width), memoryview(data)).data == data
     with pytest.raises(RemoteProtocolError, match=rf"takes {len(data)} bytes"):
-        WireTensor(dtype, (2, 3), data[:-1])
+        WireTensor(dtype, (2, width), data[:-1])
 
 
 @pytest.mark.parametrize("shape", [(), (1, 1, 1, 1, 1)])

@@ -18,12 +18,15 @@ def replay(transcript: str) -> str:
     """The transcript with what happens now below its commands."""
     conversation = Conversation()
     lines: list[str] = []
-    for line in transcript.splitlines():
-        if line.startswith("  "):
-            continue
-        lines.append(line)
-        if line.startswith("> "):
-            lines += [f"  {happened}" for happened in conversation.do(line.removeprefix("> "))]
+    try:
+        for line in transcript.splitlines():
+            if line.startswith("  "):
+                continue
+            lines.append(line)
+            if line.startswith("> "):
+                lines += [f"  {happened}" for happened in conversation.do(line.removeprefix("> "))]
+    finally:
+        conversation.end()
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,8 @@
 
 Everything travels as bytes, in order and at once, unless a command says otherwise. A token is a
 letter, and a hop's forward pass is the next letter of the alphabet for every block that it runs:
-over six blocks ``a`` comes back as ``g``.
+over six blocks ``a`` comes back as ``g``. Peers keep what their hops have labelled, and restore it
+when it is offered.
 """
 
 import collections
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import pytest
+from petals.protocol import prefix
 from petals.protocol.chain import (
     Chain,
     ChainHop,
@@ -52,6 +55,7 @@ from petals.protocol.hop import (
     Linked,
     SuccessorLost,
     Welcome,
+    offered_keys,
 )
 from petals.protocol.hop import Event as HopEvent
 from petals.protocol.span import Span
@@ -69,7 +73,11 @@ def show(frame: Frame) -> str:
     match frame:
         case Open():
             onward = frame.successor.peer_id if frame.successor else ME
-            return f"open epoch {frame.epoch}: blocks {frame.span}, {frame.predecessor} > {onward}"
+            offered = f", {len(frame.prefix)} prefixes offered" if frame.prefix else ""
+            return (
+                f"open epoch {frame.epoch}: blocks {frame.span}, "
+                f"{frame.predecessor} > {onward}{offered}"
+            )
         case Ready():
             return "ready"
         case Link():
@@ -77,9 +85,10 @@ def show(frame: Frame) -> str:
         case Resume():
             return f"resume link {frame.link}: holds {frame.position} of rewind {frame.rewind}"
         case Step():
+            vouched = f", {len(frame.vouched)} vouched for" if frame.vouched else ""
             return (
                 f"step {frame.link}.{frame.sequence} rewind {frame.rewind}: {frame.position} "
-                f"{letters(frame.hidden)!r}, wanted from {frame.want_from}"
+                f"{letters(frame.hidden)!r}, wanted from {frame.want_from}{vouched}"
             )
         case Output():
             return f"output rewind {frame.rewind}: {frame.position} {letters(frame.hidden)!r}"
@@ -109,7 +118,8 @@ class Relay:
     """A hop and the steps that it has yet to compute."""
 
     hop: Hop
-    to_compute: collections.deque[Step] = field(default_factory=collections.deque)
+    outputs: str = ""
+    to_compute: collections.deque[Compute] = field(default_factory=collections.deque)
 
 
 class Conversation:
@@ -117,7 +127,18 @@ class Conversation:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self._patch = pytest.MonkeyPatch()
+        self._stores: dict[str, dict[bytes, str]] = collections.defaultdict(dict)
+        """By peer and storage key, the outputs that it keeps."""
         self._now = 0.0
+        self._again()
+
+    def end(self) -> None:
+        """Undo what ``share`` has done."""
+        self._patch.undo()
+
+    def _again(self) -> None:
+        """``again``: another session, with the same peers."""
         self._tokens = ""
         self._relays: dict[str, Relay] = {}
         self._links: dict[str, str] = {}
@@ -152,6 +173,8 @@ class Conversation:
             "wait": self._wait,
             "show": self._show,
             "close": self._close,
+            "share": self._share,
+            "again": self._again,
         }
         verb, *arguments = command.split()
         self.lines = []
@@ -163,7 +186,15 @@ class Conversation:
     def _route(self, *hops: str) -> None:
         """``route A=0:2 B=2:4``: hops for what is missing."""
         pairs = [hop.split("=") for hop in hops]
-        self._receive(Routed([ChainHop(Peer(name), Span.parse(span)) for name, span in pairs]))
+        inputs = prefix.HashedInputs(HIDDEN_SIZE, DType.FLOAT16)
+        if self._tokens:
+            inputs.take(0, len(self._tokens), hidden(self._tokens).data)
+        new = [ChainHop(Peer(name), Span.parse(span)) for name, span in pairs]
+        self._receive(Routed(new, inputs.digests))
+
+    def _share(self, rows: str) -> None:
+        """``share 2``: there is a boundary behind every second row."""
+        self._patch.setattr(prefix, "PREFIX_ROWS", int(rows))
 
     def _append(self, tokens: str, _want: str, wanted: str) -> None:
         """``append abc want 1``: three tokens, and the last row is to come back."""
@@ -234,10 +265,13 @@ class Conversation:
     def _compute(self) -> bool:
         for name, relay in self._working():
             if relay.to_compute:
-                step = relay.to_compute.popleft()
-                blocks = len(relay.hop.opened.span)
+                compute = relay.to_compute.popleft()
+                step, blocks = compute.step, len(relay.hop.opened.span)
                 rows = "".join(chr(ord(row) + blocks) for row in letters(step.hidden))
-                self._tell(name, Computed(step, hidden(rows)))
+                relay.outputs = relay.outputs[: step.position] + rows
+                for position, key in compute.labels:
+                    self._stores[name][key] = relay.outputs[:position]
+                self._tell(name, Computed(step, hidden(rows), compute.labels))
                 return True
         return False
 
@@ -279,7 +313,7 @@ class Conversation:
         answers: list[Resume | State] = []
         for effect in relay.hop.receive(event, self._now):
             if isinstance(effect, Compute):
-                relay.to_compute.append(effect.step)
+                relay.to_compute.append(effect)
             elif isinstance(effect, DialSuccessor):
                 self._links.pop(name, None)
                 self._broken.discard(name)
@@ -298,8 +332,14 @@ class Conversation:
         match effect:
             case OpenHop(peer, frame):
                 opened = self._carry(ME, peer.peer_id, frame)
-                hop = Hop(opened, hidden_size=HIDDEN_SIZE, now=self._now)
-                self._relays[peer.peer_id] = Relay(hop)
+                kept = [
+                    self._stores[peer.peer_id][key]
+                    for key in offered_keys(opened)
+                    if key in self._stores[peer.peer_id]
+                ]
+                restored = hidden(kept[-1]) if kept else None
+                hop = Hop(opened, hidden_size=HIDDEN_SIZE, now=self._now, restored=restored)
+                self._relays[peer.peer_id] = Relay(hop, *kept[-1:])
                 self._carry(peer.peer_id, ME, Ready(opened.epoch, 1000))
                 self._receive(HopReady(peer.peer_id))
             case RelinkHop(peer_id, relink):

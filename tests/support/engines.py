@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from petals.inference.checkpoint import Checkpoint
-from petals.inference.engine import Engine
+from petals.inference.engine import Engine, Limits
 from petals.inference.model import Ends
 from petals.inference.sampling import Sampler, SamplingParams
 from petals.inference.tensors import to_torch, to_wire
@@ -19,8 +19,9 @@ def serving(
     checkpoint: Checkpoint, *spans: Span, cache_tokens: int = 4096, prefill_rows: int = 512
 ) -> Iterator[list[Engine]]:
     """An engine for each span, shut down at the end."""
+    limits = Limits(prefill_rows=prefill_rows)
     engines = [
-        Engine(checkpoint.load_blocks(span), cache_tokens=cache_tokens, prefill_rows=prefill_rows)
+        Engine(checkpoint.load_blocks(span), cache_tokens=cache_tokens, limits=limits)
         for span in spans
     ]
     try:

@@ -30,6 +30,7 @@ counters = st.integers(0, MAX_COUNTER)
 positions = st.integers(0, MAX_TOKENS)
 peer_ids = st.text(max_size=128)
 sessions = st.binary(min_size=16, max_size=16)
+digests = st.lists(st.binary(min_size=32, max_size=32), max_size=128).map(tuple)
 codes = st.sampled_from(ErrorCode)
 reasons = st.text(max_size=100)
 peers = st.builds(Peer, peer_ids, st.lists(st.text(max_size=256), max_size=8).map(tuple))
@@ -44,7 +45,7 @@ spans = (
 def tensors(draw: st.DrawFn) -> WireTensor:
     shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
     dtype = draw(st.sampled_from(DType))
-    size = math.prod(shape) * dtype.size
+    size = math.prod(shape[:-1]) * dtype.row_bytes(shape[-1])
     return WireTensor(dtype, shape, draw(st.binary(min_size=size, max_size=size)))
 
 
@@ -67,12 +68,13 @@ FRAME_STRATEGIES: dict[str, st.SearchStrategy[Frame]] = {
         padding=st.lists(positions, max_size=MAX_BATCH).map(tuple),
         max_tokens=st.integers(1, MAX_TOKENS),
         wire_dtype=st.sampled_from(DType),
+        prefix=digests,
     ),
     "ready": st.builds(Ready, counters, counters),
     "refused": st.builds(Refused, codes, reasons, st.none() | st.floats(0, 86_400)),
     "link": st.builds(Link, sessions, counters),
     "resume": st.builds(Resume, counters, positions, counters),
-    "step": st.builds(Step, counters, counters, counters, positions, positions, tensors()),
+    "step": st.builds(Step, counters, counters, counters, positions, positions, tensors(), digests),
     "output": st.builds(Output, counters, positions, tensors()),
     "relink": st.builds(Relink, counters, peer_ids, st.none() | peers),
     "probe": st.builds(Probe, counters),

@@ -278,7 +278,11 @@ def nothing_left(figures: Figures, before: Figures) -> bool:
 
 @contextlib.asynccontextmanager
 async def originating(
-    processes: ProcessSwarm, model: str | Path, *, patience: float = 10.0
+    processes: ProcessSwarm,
+    model: str | Path,
+    *,
+    patience: float = 10.0,
+    wire_dtype: str = "auto",
 ) -> AsyncIterator[Node]:
     """A node in this process that originates in the swarm; with a deadline for all that it does."""
     config = NodeConfig(
@@ -286,6 +290,7 @@ async def originating(
         serve=False,
         bootstrap=(processes.address,),
         dtype="float32",
+        wire_dtype=wire_dtype,
         patience=patience,
     )
     with trio.fail_after(2 * DEADLINE):

@@ -3,6 +3,9 @@
 The forward pass is SHA-256: a block's output at a position depends on its own number and on all
 inputs up to that position, so a row that was skipped, repeated or computed from anything but the
 right inputs gives an output that differs, whatever the split into hops.
+
+Peers keep what they have computed under the labels that their hops give it, and restore it for later
+sessions. Two things under one label fail at once, in whichever session.
 """
 
 import collections
@@ -36,8 +39,10 @@ from petals.protocol.hop import (
     Reply,
     SuccessorLost,
     Welcome,
+    offered_keys,
 )
 from petals.protocol.hop import Event as HopEvent
+from petals.protocol.prefix import HashedInputs
 from petals.protocol.span import Span
 from petals.protocol.tensor import DType, WireTensor
 
@@ -70,6 +75,14 @@ class Cache:
         return rows
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a peer has stored under a label: states per block, outputs."""
+
+    states: list[list[bytes]]
+    outputs: list[bytes]
+
+
 def reference(tokens: list[int]) -> list[bytes]:
     return Cache(Span(0, NUM_BLOCKS)).run(0, [embed(token) for token in tokens])
 
@@ -89,8 +102,10 @@ class Relay:
 
     hop: Hop
     cache: Cache
-    steps: collections.deque[Step] = field(default_factory=collections.deque)
+    steps: collections.deque[Compute] = field(default_factory=collections.deque)
+    outputs: list[bytes] = field(default_factory=list)
     rows_computed: int = 0
+    rows_restored: int = 0
 
 
 @dataclass
@@ -104,10 +119,24 @@ class Wire:
 
 
 class RingWorld:
-    """One session: its chain, its relays, and the wires between them."""
+    """A session, its chain, its relays, and the wires between them; and others after it."""
 
     def __init__(self, spans: list[Span]) -> None:
         self.now = 0.0
+        self.stores: dict[str, dict[bytes, Kept]] = collections.defaultdict(dict)
+        """By peer id and storage key."""
+        self._names = 0
+        self._start()
+        self.route(spans)
+
+    def again(self, spans: list[Span], count: int, want: int, branch: int = 0) -> None:
+        """Another session, whose first tokens are known when its route is."""
+        self.close()
+        self._start()
+        self.append(count, want, branch)
+        self.route(spans)
+
+    def _start(self) -> None:
         self.tokens: list[int] = []
         self.relays: dict[str, Relay] = {}
         self.wires: dict[str, Wire] = {}
@@ -115,7 +144,7 @@ class RingWorld:
         self.given_up: set[str] = set()
         """Senders that do not dial their successor any more until they are told to."""
         self.delivered: dict[int, bytes] = {}
-        self._names = 0
+        self._dead: set[str] = set()
         terms = SessionTerms(
             session=bytes(16),
             model="f" * 64,
@@ -127,22 +156,30 @@ class RingWorld:
             wire_dtype=DType.FLOAT32,
         )
         self.chain = Chain(terms, own_peer_id=ME, now=self.now)
-        self.route(spans)
 
     # --- the originator ---------------------------------------------------------------------
 
     def route(self, spans: list[Span], name: str | None = None) -> None:
         """Fill the chain's missing blocks with new relays, or with one of that name."""
-        hops = []
-        for span in spans:
-            self._names += 1
-            hops.append(ChainHop(Peer(name or f"hop{self._names}"), span))
-        self._apply(self.chain.receive(Routed(hops), self.now))
+        hops = [ChainHop(Peer(name or self._name(span)), span) for span in spans]
+        inputs = HashedInputs(HIDDEN_SIZE, DType.FLOAT32)
+        inputs.take(0, len(self.tokens), b"".join(map(embed, self.tokens)))
+        self._apply(self.chain.receive(Routed(hops, inputs.digests), self.now))
         for hop in hops:
             self._apply(self.chain.receive(HopReady(hop.peer.peer_id), self.now))
 
+    def _name(self, span: Span) -> str:
+        """The same peers serve the same blocks in every session, unless they have died in it."""
+        for variant in "ab":
+            name = f"{span}{variant}"
+            if name not in self._dead and name not in self.relays:
+                return name
+        self._names += 1
+        return f"hop{self._names}"
+
     def lose(self, peer_id: str) -> None:
-        """A hop dies with all that it holds and all that is under way to and from it."""
+        """A hop dies with all that it holds of this session and all that is under way."""
+        self._dead.add(peer_id)
         self._apply(self.chain.receive(HopLost(peer_id, "died"), self.now))
 
     def reopen(self, peer_id: str) -> None:
@@ -153,9 +190,10 @@ class RingWorld:
         self.given_up.update(senders)
         self.route([span], peer_id)
 
-    def append(self, count: int, want: int) -> None:
+    def append(self, count: int, want: int, branch: int = 0) -> None:
+        """The text goes on; on the same branch with the same tokens as in any other session."""
         start = len(self.tokens)
-        self.tokens += [self.now.__hash__() * 31 + start + index for index in range(count)]
+        self.tokens += [1000 * branch + start + index for index in range(count)]
         self.now += 1
         self.chain.append(count, want_from=len(self.tokens) - want, now=self.now)
 
@@ -188,8 +226,20 @@ class RingWorld:
                     self.delivered[at] = row
 
     def _open(self, peer_id: str, opened: Open) -> None:
-        hop = Hop(opened, hidden_size=HIDDEN_SIZE, now=self.now)
-        self.relays[peer_id] = Relay(hop, Cache(opened.span))
+        cache, outputs = Cache(opened.span), list[bytes]()
+        for key in reversed(offered_keys(opened)):
+            if (kept := self.stores[peer_id].get(key)) is not None:
+                cache.states = [list(states) for states in kept.states]
+                outputs = list(kept.outputs)
+                break
+        hop = Hop(
+            opened,
+            hidden_size=HIDDEN_SIZE,
+            now=self.now,
+            restored=to_tensor(outputs) if outputs else None,
+        )
+        relay = Relay(hop, cache, outputs=outputs, rows_restored=len(outputs))
+        self.relays[peer_id] = relay
         if opened.successor is not None:
             self.wires[peer_id] = Wire(peer_id, opened.successor.peer_id)
 
@@ -201,7 +251,7 @@ class RingWorld:
         answers: list[Resume] = []
         for effect in relay.hop.receive(event, self.now):
             if isinstance(effect, Compute):
-                relay.steps.append(effect.step)
+                relay.steps.append(effect)
             elif isinstance(effect, Reply):
                 assert isinstance(effect.frame, Resume)
                 answers.append(effect.frame)
@@ -216,10 +266,17 @@ class RingWorld:
         relay = self.relays[peer_id]
         if not relay.steps:
             return False
-        step = relay.steps.popleft()
-        rows = to_rows(step.hidden)
+        compute = relay.steps.popleft()
+        step, rows = compute.step, to_rows(compute.step.hidden)
         relay.rows_computed += len(rows)
-        self._tell(peer_id, Computed(step, to_tensor(relay.cache.run(step.position, rows))))
+        output = relay.cache.run(step.position, rows)
+        del relay.outputs[step.position :]
+        relay.outputs += output
+        for position, key in compute.labels:
+            states = [states[:position] for states in relay.cache.states]
+            kept = Kept(states, relay.outputs[:position])
+            assert self.stores[peer_id].setdefault(key, kept) == kept, "two things, one label"
+        self._tell(peer_id, Computed(step, to_tensor(output), compute.labels))
         return True
 
     # --- the wires --------------------------------------------------------------------------

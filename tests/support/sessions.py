@@ -38,8 +38,9 @@ def step(
     sequence: int = 0,
     rewind: int = 0,
     want_from: int = 0,
+    vouched: tuple[bytes, ...] = (),
 ) -> Step:
-    return Step(link, sequence, rewind, position, want_from, hidden(rows))
+    return Step(link, sequence, rewind, position, want_from, hidden(rows), vouched)
 
 
 def output(rows: str, position: int, *, rewind: int = 0) -> Output:
@@ -56,6 +57,7 @@ def opened(
     padding: tuple[int, ...] = (0,),
     max_tokens: int = 8,
     model: str = "f00d",
+    prefix: tuple[bytes, ...] = (),
 ) -> Open:
     return Open(
         session=SESSION,
@@ -68,4 +70,5 @@ def opened(
         padding=padding,
         max_tokens=max_tokens,
         wire_dtype=DType.FLOAT16,
+        prefix=prefix,
     )

@@ -1,14 +1,18 @@
 """One program: a node that serves originates, too, and may be a hop of its own sessions."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from petals.inference.sampling_params import SamplingParams
+from petals.inference.torch_thread import TorchThread
 from petals.node.config import NodeConfig
 from petals.node.node import Node
 from petals.protocol.span import Span
-from support.processes import DEADLINE, LOOPBACK, ProcessSwarm
+from support.processes import DEADLINE, LOOPBACK, ProcessSwarm, originating
 from support.reference import ReferenceModel
 
 PROMPT = "And it came to pass"
@@ -38,3 +42,22 @@ async def test_a_serving_node_goes_through_itself_and_others(
         with trio.fail_after(DEADLINE):
             while node.statistics()["sessions"]:  # noqa: ASYNC110 - no event tells
                 await trio.sleep(0.01)
+
+
+async def test_a_token_crosses_to_torchs_thread_once(
+    demo: ReferenceModel, tmp_swarm: ProcessSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Head, sampling and the embedding of what was sampled are one job."""
+    tmp_swarm.serve("demo", "0:8")
+    jobs: list[object] = []
+    run = TorchThread.run
+
+    def counted(thread: TorchThread, function: Callable[[], Any]) -> Future[Any]:
+        jobs.append(function)
+        return run(thread, function)
+
+    async with originating(tmp_swarm, "demo") as node:
+        await node.generate(PROMPT, PARAMS)
+        monkeypatch.setattr(TorchThread, "run", counted)
+        generation = await node.generate(PROMPT, PARAMS)
+    assert len(jobs) == 1 + len(generation.token_ids)  # the prompt's embedding is one, too

@@ -1,0 +1,122 @@
+"""Real processes of ``petals-node run`` on loopback, and a node in this process that originates."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import trio
+from petals.inference.checkpoint import open_checkpoint
+from petals.inference.sampling_params import SamplingParams
+from petals.node.cli.arguments import split_evenly
+from petals.node.cli.processes import Child, child
+from petals.node.config import NodeConfig
+from petals.node.node import Node
+
+LISTEN = "/ip4/127.0.0.1/tcp/0"
+START_DEADLINE = 300.0
+"""Seconds until a process serves; loading takes most of it."""
+
+
+@dataclass
+class Written:
+    """When the tokens of one session came."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def first_token(self) -> float:
+        """Seconds to the first token, route and prefill included."""
+        return self.times[0] - self.begin
+
+    @property
+    def token(self) -> float:
+        """Seconds a token behind the first one, the median."""
+        return statistics.median(
+            after - before for before, after in zip(self.times, self.times[1:], strict=False)
+        )
+
+
+class LoopbackSwarm:
+    """A swarm of ``processes`` that each serve a part of a model. Made by ``loopback_swarm``."""
+
+    def __init__(self, node: Node, processes: int) -> None:
+        self._node = node
+        self.processes = processes
+
+    async def write(self, prompt: Sequence[int], tokens: int) -> Written:
+        """Generate from a prompt in a session of its own."""
+        written = Written()
+
+        def on_tokens(sampled: list[int]) -> list[bool]:
+            written.times.append(time.perf_counter())
+            return [False] * len(sampled)
+
+        params = SamplingParams(max_new_tokens=tokens)
+        async with self._node.open_session(len(prompt) + tokens) as session:
+            await session.write([list(prompt)], params, on_tokens)
+        return written
+
+    async def write_together(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Written]:
+        """Generate from several prompts at once, each in a session of its own."""
+        results: list[Written] = []
+
+        async def write(prompt: Sequence[int]) -> None:
+            results.append(await self.write(prompt, tokens))
+
+        async with trio.open_nursery() as nursery:
+            for prompt in prompts:
+                nursery.start_soon(write, prompt)
+        return results
+
+
+@asynccontextmanager
+async def loopback_swarm(
+    model: pathlib.Path, processes: int, dtype: str
+) -> AsyncIterator[LoopbackSwarm]:
+    """Start a bootstrap peer and ``processes`` nodes; all of them are gone when the block ends.
+
+    Every process may use all cores: one session keeps only one of them busy at a time.
+    """
+    spans = split_evenly(open_checkpoint(model).num_blocks, processes)
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    with TemporaryDirectory(prefix="petals-bench-") as folder:
+        async with AsyncExitStack() as stack:
+
+            async def start(name: str, *options: str) -> Child:
+                always = (
+                    "--json",
+                    "--listen",
+                    LISTEN,
+                    "--data-dir",
+                    str(pathlib.Path(folder, name)),
+                )
+                running = child(name, ["run", *always, *options], environment)
+                return await stack.enter_async_context(running)
+
+            bootstrap = await start("bootstrap")
+            address = (await serving(bootstrap))["multiaddr"]
+            joining = ("--bootstrap", address, "--model", str(model), "--dtype", dtype)
+            servers = [
+                await start(f"server-{number}", *joining, "--blocks", str(span))
+                for number, span in enumerate(spans)
+            ]
+            for server in servers:
+                await serving(server)
+            config = NodeConfig(model=str(model), serve=False, bootstrap=(address,), dtype=dtype)
+            node = await stack.enter_async_context(Node(config))
+            yield LoopbackSwarm(node, processes)
+
+
+async def serving(process: Child) -> dict[str, Any]:
+    """What a process says when it serves."""
+    with trio.fail_after(START_DEADLINE):
+        return await process.wait_for("serving")
