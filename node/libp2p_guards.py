@@ -18,6 +18,7 @@ from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
 from libp2p.custom_types import StreamHandlerFn, TProtocol
 from libp2p.host.basic_host import BasicHost
+from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
@@ -39,6 +40,7 @@ from ..protocol.errors import PetalsError
 from .libp2p_yamux import PROTOCOL_ID as YAMUX
 from .libp2p_yamux import Traffic, YamuxConnection
 from .libp2p_yamux_stream import YamuxLimits, YamuxStream
+from .wakeup import holding
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,8 @@ class BufferedSocket(TrioTCPStream):
     """A socket whose ``read(n)`` returns all n bytes, or fewer at the end only.
 
     The library's ``read_exactly`` gives up after 101 partial reads, asks the kernel twice for each
-    Noise message, and lets a dialler make it allocate whatever length it names.
+    Noise message, and lets a dialler make it allocate whatever length it names. Its own ``read`` and
+    ``write`` wait for a turn of the loop to take a lock that is free, for every message.
     """
 
     def __init__(self, stream: trio.SocketStream) -> None:
@@ -92,17 +95,37 @@ class BufferedSocket(TrioTCPStream):
             raise ValueError(f"the peer makes us read {n} bytes at once")
         if n is None:
             ahead, self._ahead = self._ahead, b""
-            return ahead or await super().read(_READ_BYTES)
+            return ahead or await self._receive()
         pieces, missing = [], n
         while missing > 0:
             if not self._ahead:
-                self._ahead = await super().read(_READ_BYTES)
+                self._ahead = await self._receive()
                 if not self._ahead:
                     break
             piece, self._ahead = self._ahead[:missing], self._ahead[missing:]
             pieces.append(piece)
             missing -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def write(self, data: bytes) -> None:
+        """Send ``data``; nothing on a socket that we have closed ourselves."""
+        async with holding(self.write_lock):
+            try:
+                await self.stream.send_all(data)
+            except trio.BrokenResourceError as error:
+                raise ConnectionClosedError(f"the peer broke the connection: {error}") from error
+            except trio.ClosedResourceError:
+                return
+
+    async def _receive(self) -> bytes:
+        """What the kernel has; b"" at the end, and on a socket that we have closed ourselves."""
+        async with holding(self.read_lock):
+            try:
+                return bytes(await self.stream.receive_some(_READ_BYTES))
+            except trio.BrokenResourceError as error:
+                raise ConnectionClosedError(f"the peer broke the connection: {error}") from error
+            except trio.ClosedResourceError:
+                return b""
 
 
 class GuardedTcp(TCP):

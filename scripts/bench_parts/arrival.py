@@ -10,6 +10,7 @@ from .driven import Driven, gaps, typical_gap
 from .local import AUTO, Local, LocalSession, mode_label
 from .report import Aim, Report, Row, number
 from .settings import Settings
+from .timing import Heartbeat
 
 DECODING = 8
 CONTEXT = 128
@@ -28,9 +29,11 @@ def measure(settings: Settings, report: Report) -> None:
             sessions = [local.open(CONTEXT + 2048) for _ in range(DECODING)]
             for session in sessions:
                 session.fill(CONTEXT)
-            arrivals = [
-                arrival(local, sessions, settings.prompt) for _ in range(settings.rounds + 1)
-            ][1:]
+            arrival(local, sessions, settings.prompt)  # the first does not count
+            with Heartbeat() as heartbeat:
+                arrivals = [
+                    arrival(local, sessions, settings.prompt) for _ in range(settings.rounds)
+                ]
         gc.collect()
         longest = [worst for worst, _, _ in arrivals]
         step = statistics.median(step for _, step, _ in arrivals)
@@ -47,6 +50,14 @@ def measure(settings: Settings, report: Report) -> None:
                     Aim(at_most=1.0),
                 )
             )
+        report.add(
+            Row(
+                f"{label}: meanwhile, the longest time for which the machine did not let us run",
+                heartbeat.longest * 1e3,
+                "ms",
+                "waits of that length are not ours",
+            )
+        )
         seconds = statistics.median(taken for _, _, taken in arrivals)
         report.add(
             Row(

@@ -245,7 +245,8 @@ def _draw(picture: Picture, path: pathlib.Path) -> pathlib.Path:
     axes.set_yscale("log")
     ticks = sorted({x for curve in picture.curves for x in curve.points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(lambda y, _: f"{y:g}")
     axes.set(title=picture.title, xlabel=picture.x_label, ylabel=picture.y_label)
     axes.grid(visible=True, which="both", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")

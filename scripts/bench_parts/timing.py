@@ -7,8 +7,10 @@ A machine drifts while it is measured, the more so when others use it. Contestan
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
+from types import TracebackType
 
 Sampler = Callable[[], float]
 """Does something once and returns its figure, most often seconds."""
@@ -37,3 +39,38 @@ def medians(contestants: Mapping[str, Sampler], rounds: int) -> dict[str, float]
     """The median of each contestant's samples, taken as ``interleaved`` does."""
     taken = interleaved(contestants, rounds)
     return {name: statistics.median(samples) for name, samples in taken.items()}
+
+
+class Heartbeat:
+    """The longest time for which this process did not get to run, while the block runs.
+
+    A process that others stop, or starve, has waits that are not its own doing. Whoever reports a
+    longest wait should report this beside it.
+    """
+
+    def __init__(self, interval: float = 0.01) -> None:
+        self._interval = interval
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self.longest = 0.0
+        """Seconds between two beats, the interval included."""
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        last = time.perf_counter()
+        while not self._stopping.wait(self._interval):
+            now = time.perf_counter()
+            self.longest = max(self.longest, now - last)
+            last = now

@@ -1,8 +1,10 @@
 """Contestants take turns."""
 
+import threading
+
 import pytest
 from bench_parts.bandwidth import Bandwidth
-from bench_parts.timing import interleaved, medians, timed
+from bench_parts.timing import Heartbeat, interleaved, medians, timed
 
 
 def test_contestants_take_turns_after_a_first_go_that_does_not_count() -> None:
@@ -34,3 +36,12 @@ def test_the_memory_takes_turns_with_what_is_held_against_it() -> None:
     taken, speed = bandwidth.beside({"ours": lambda: 2.0}, rounds=2)
     assert taken == {"ours": 2.0}
     assert 0 < speed <= bandwidth.best
+
+
+def test_a_heartbeat_is_heard_and_ends_with_its_block() -> None:
+    before = threading.active_count()
+    with Heartbeat(interval=0.001) as heartbeat:
+        while heartbeat.longest == 0:
+            threading.Event().wait(0.001)
+    assert heartbeat.longest > 0
+    assert threading.active_count() == before

@@ -339,7 +339,7 @@ class Conversation:
                 ]
                 restored = hidden(kept[-1]) if kept else None
                 hop = Hop(opened, hidden_size=HIDDEN_SIZE, now=self._now, restored=restored)
-                self._relays[peer.peer_id] = Relay(hop, *kept[-1:])
+                self._relays[peer.peer_id] = Relay(hop, outputs=kept[-1] if kept else "")
                 self._carry(peer.peer_id, ME, Ready(opened.epoch, 1000))
                 self._receive(HopReady(peer.peer_id))
             case RelinkHop(peer_id, relink):
