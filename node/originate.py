@@ -17,6 +17,7 @@ import trio
 
 from ..inference.checkpoint import Checkpoint
 from ..inference.detokenizer import Detokenizer
+from ..inference.head import Head, HeadRows
 from ..inference.model import Ends
 from ..inference.sampling import Sampler, SamplingParams
 from ..inference.tensors import to_torch, to_wire
@@ -158,7 +159,7 @@ class Session:
         ``on_tokens`` gets every step's tokens, one per sequence, and says which sequences are to
         end there. Returns when all have ended or after ``max_new_tokens``.
         """
-        compute, ends = self.originator.compute, self.originator.ends
+        compute, head = self.originator.compute, self.originator.head
         checkpoint = self.originator.checkpoint
         history = [[*old, *new] for old, new in zip(self._tokens, token_ids, strict=True)]
         sampler = Sampler(
@@ -170,11 +171,11 @@ class Session:
         )
         step = token_ids
         for _ in range(params.max_new_tokens):
-            hidden = await self.forward(step)
+            rows = head.add(await self.forward(step))
 
             # One crossing to torch's thread a token: what is sampled now goes around next.
-            def sample(hidden: torch.Tensor = hidden) -> tuple[list[int], WireTensor]:
-                tokens = sampler.sample(ends.logits(hidden)[:, -1])
+            def sample(rows: HeadRows = rows) -> tuple[list[int], WireTensor]:
+                tokens = sampler.sample(rows.logits()[:, -1])
                 return tokens, self._embed_now([[token] for token in tokens])
 
             tokens, embeddings = await compute(sample)
@@ -226,6 +227,7 @@ class Originator:
     ) -> None:
         self.checkpoint = checkpoint
         self.ends = ends
+        self.head = Head(ends)
         self.tokenizer = tokenizer
         self.compute = compute
         self._wire_dtype = wire_dtype
