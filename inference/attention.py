@@ -3,8 +3,9 @@
 A batch is ``[1, rows, hidden]``: the rows of several lanes behind one another, so that everything
 but attention runs on all of them at once. Attention is a loop over the lanes, each on its own
 contiguous keys and values; measured faster than padding, jagged tensors or paged KV. Within a lane
-it is causal. A single row, as in decoding, is two matrix products along the cached tokens, which
-reads them at close to memory speed; several rows go through ``scaled_dot_product_attention``.
+it is causal. It is two matrix products along the cached tokens with a softmax between them: for a
+single row, as in decoding, that reads the cache at close to memory speed, and for many it is level
+with ``scaled_dot_product_attention``, which wants the cache copied into another order first.
 
 ALiBi biases are fp32 and relative to the newest token (softmax doesn't see the shift), because
 absolute ones round away in 16 bits. On a CPU, attention is computed in fp32, and a 16-bit cache is
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from .cache import LaneCache
 
@@ -128,88 +128,75 @@ def ragged_attention(
         keys, values = lane.cache.append(
             block, new_keys[:, :, start:end], new_values[:, :, start:end]
         )
-        if causal is None:
-            _attend_row(
-                queries[:, start:end], keys, values, bias, scale, plan.scratch, output[start]
-            )
-        else:
-            _attend_rows(
-                queries[:, start:end], keys, values, bias, causal, scale, plan.scratch,
-                output[start:end].transpose(0, 1),
-            )  # fmt: skip
+        _attend(
+            queries[:, start:end],
+            keys,
+            values,
+            _Scores(bias, causal, scale),
+            plan.scratch,
+            output[start:end].transpose(0, 1),
+        )
         start = end
     return output.view(1, rows, heads * head_dim)
 
 
-def _attend_row(
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """What is added to the scaled products of one lane: fp32, and None where there is nothing."""
+
+    bias: torch.Tensor | None
+    """``[heads, 1, length]``."""
+    causal: torch.Tensor | None
+    """``[rows, length]``."""
+    scale: float
+
+    def compute(
+        self, query: torch.Tensor, keys: torch.Tensor, part: slice, scratch: Scratch
+    ) -> torch.Tensor:
+        """``[heads, rows, head_dim]`` by ``[heads, head_dim, length]``, those heads in ``part``."""
+        shape, dtype = (len(query), query.shape[1], keys.shape[2]), query.dtype
+        if self.bias is None and self.causal is None:
+            return torch.bmm(query, keys).mul_(self.scale)
+        if self.causal is None:
+            assert self.bias is not None
+            return torch.baddbmm(self.bias[part].to(dtype), query, keys, alpha=self.scale)
+        scores = scratch.take("scores", shape, dtype)
+        if self.bias is None:
+            scores.copy_(self.causal)
+        else:
+            torch.add(self.bias[part], self.causal, out=scores)
+        return scores.baddbmm_(query, keys, alpha=self.scale)
+
+
+def _attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
+    scores: _Scores,
     scratch: Scratch,
     output: torch.Tensor,
 ) -> None:
-    """One row: query ``[heads, 1, head_dim]`` on ``[heads, head_dim, length]``, all of them.
+    """One lane: query ``[heads, rows, head_dim]`` on ``[heads, head_dim, length]``, all of them.
 
-    Writes ``[heads, head_dim]`` into ``output``.
+    Writes ``[heads, rows, head_dim]`` into ``output``.
     """
-    heads = query.shape[0]
-    group = heads
+    heads, rows, head_dim = query.shape
+    length = keys.shape[2]
     widened = keys.dtype != query.dtype
-    if widened:
-        head_bytes = 2 * keys.shape[1] * keys.shape[2] * query.dtype.itemsize
-        group = _heads_at_once(heads, head_bytes, _DECODE_SCRATCH_BYTES)
+    head_bytes = 2 * length * (rows * (rows > 1) + head_dim * widened) * query.dtype.itemsize
+    limit = _SCRATCH_BYTES if rows > 1 else _DECODE_SCRATCH_BYTES
+    group = max(1, min(heads, limit // max(1, head_bytes)))
     for first in range(0, heads, group):
         part = slice(first, first + group)
         some_keys, some_values = keys[part], values[part]
         if widened:
             some_keys = scratch.take("keys", some_keys.shape, query.dtype).copy_(some_keys)
             some_values = scratch.take("values", some_values.shape, query.dtype).copy_(some_values)
-        if bias is None:
-            scores = torch.bmm(query[part], some_keys).mul_(scale)
+        some = scores.compute(query[part], some_keys, part, scratch)
+        if rows > 1:
+            weights = torch.softmax(
+                some, dim=-1, out=scratch.take("weights", some.shape, some.dtype)
+            )
         else:
-            scores = torch.baddbmm(bias[part].to(query.dtype), query[part], some_keys, alpha=scale)
-        weights = torch.softmax(scores, dim=-1)
-        output[part] = torch.bmm(some_values, weights.transpose(1, 2))[:, :, 0]
-
-
-def _attend_rows(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    causal: torch.Tensor,
-    scale: float,
-    scratch: Scratch,
-    output: torch.Tensor,
-) -> None:
-    """Some rows of one lane: query ``[heads, rows, head_dim]`` on ``[heads, head_dim, length]``.
-
-    Writes ``[heads, rows, head_dim]`` into ``output``.
-    """
-    heads, rows, _ = query.shape
-    _, head_dim, length = keys.shape
-    head_bytes = length * query.dtype.itemsize * (2 * head_dim + rows)
-    group = _heads_at_once(heads, head_bytes, _SCRATCH_BYTES)
-    for first in range(0, heads, group):
-        part = slice(first, first + group)
-        shape = (len(keys[part]), length, head_dim)
-        some_keys = scratch.take("keys", shape, query.dtype).copy_(keys[part].transpose(1, 2))
-        some_values = scratch.take("values", shape, query.dtype).copy_(values[part].transpose(1, 2))
-        mask = causal
-        if bias is not None:
-            mask = scratch.take("mask", (shape[0], rows, length), torch.float32)
-            torch.add(bias[part], causal, out=mask)
-        attended = F.scaled_dot_product_attention(
-            query[None, part],
-            some_keys[None],
-            some_values[None],
-            attn_mask=mask[None].to(query.dtype),
-            scale=scale,
-        )
-        output[part] = attended[0]
-
-
-def _heads_at_once(heads: int, head_bytes: int, limit: int) -> int:
-    return max(1, min(heads, limit // max(1, head_bytes)))
+            weights = torch.softmax(some, dim=-1)
+        output[part] = torch.bmm(some_values, weights.transpose(1, 2)).transpose(1, 2)
