@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from .timing import Sampler, interleaved, timed
+from .torch_thread import on_torch_thread
 
 COLUMNS = 4096
 REPEATS = 3
@@ -19,12 +20,14 @@ REPEATS = 3
 class Bandwidth:
     """Reads a tensor that no cache holds, in several ways; the fastest is the machine's speed."""
 
+    @on_torch_thread
     def __init__(self, megabytes: int = 384) -> None:
         self._data = torch.ones(megabytes * 2**20 // 4 // COLUMNS, COLUMNS)
         self._row = torch.ones(COLUMNS)
         self.best = 0.0
         """Bytes per second, the best that was ever measured here."""
 
+    @on_torch_thread
     def measure(self) -> float:
         """Bytes per second, now."""
         kernels: list[Callable[[], object]] = [

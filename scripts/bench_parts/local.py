@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from petals.inference.checkpoint import Checkpoint, open_checkpoint
 from petals.inference.engine import Engine
-from petals.inference.model import Ends
+from petals.inference.model import Blocks, Ends
 from petals.inference.tensors import to_torch, to_wire, wire_dtype
 from petals.protocol.codec import max_rows
 from petals.protocol.prefix import Label
@@ -25,6 +25,7 @@ from petals.protocol.tensor import DType, WireTensor
 from .models import ModelSize
 from .report import cpu_name
 from .timing import timed
+from .torch_thread import TORCH, on_torch_thread
 
 T = TypeVar("T")
 
@@ -70,6 +71,7 @@ def bits_a_weight(checkpoint: Checkpoint, mode: Mode) -> float:
     return 8 * block_bytes(checkpoint, mode) / checkpoint.block_parameters()
 
 
+@on_torch_thread
 def mode_label(size: ModelSize, folder: pathlib.Path, mode: Mode) -> str:
     """Model and precision in words."""
     checkpoint = open_checkpoint(folder)
@@ -107,14 +109,17 @@ class Local:
         self.checkpoint = open_checkpoint(folder)
         self.span = span or Span(0, self.checkpoint.num_blocks)
         self.mode = mode
-        self.blocks = self.checkpoint.load_blocks(
-            self.span, mode.dtype, quantization=mode.quantization
-        )
-        self._ends = self.checkpoint.load_ends(mode.dtype) if ends else None
-        self.engine = Engine(self.blocks, cache_tokens=cache_tokens)
+        self.blocks, self._ends = self._load(ends=ends)
+        self.engine = Engine(self.blocks, cache_tokens=cache_tokens, thread=TORCH)
         self.wire_dtype = wire or wire_dtype(self.blocks.dtype)
         """In which hidden states go in and out; as they are computed unless told otherwise."""
         self._opened = 0
+
+    @on_torch_thread
+    def _load(self, *, ends: bool) -> tuple[Blocks, Ends | None]:
+        mode = self.mode
+        blocks = self.checkpoint.load_blocks(self.span, mode.dtype, quantization=mode.quantization)
+        return blocks, self.checkpoint.load_ends(mode.dtype) if ends else None
 
     @property
     def ends(self) -> Ends:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from .timing import timed
+from .torch_thread import on_torch_thread
 
 
 class Transformers:
@@ -20,6 +21,7 @@ class Transformers:
     apart and at a known length; what ``generate`` adds to it would only make the rival slower.
     """
 
+    @on_torch_thread
     def __init__(self, folder: pathlib.Path, dtype: torch.dtype, **options: Any) -> None:
         """``options`` are ``from_pretrained``'s."""
         self.model: Any = AutoModelForCausalLM.from_pretrained(
@@ -29,12 +31,14 @@ class Transformers:
         self._cache = DynamicCache(config=self.model.config)
         self._next = torch.zeros((1, 1), dtype=torch.int64)
 
+    @on_torch_thread
     @torch.inference_mode()
     def prefill(self, token_ids: list[int]) -> float:
         """Begin a session with a prompt; the seconds until its first new token."""
         self._cache = DynamicCache(config=self.model.config)
         return timed(lambda: self._step(torch.tensor([token_ids])))
 
+    @on_torch_thread
     @torch.inference_mode()
     def decode(self, tokens: int) -> float:
         """Seconds a token over ``tokens``, which are then forgotten: the session's length stays."""
@@ -42,6 +46,7 @@ class Transformers:
         self._cache.crop(-tokens)
         return seconds
 
+    @on_torch_thread
     @torch.inference_mode()
     def generate(self, token_ids: list[int], tokens: int) -> list[int]:
         """The greedy text behind a prompt, by transformers' ``generate`` itself."""
