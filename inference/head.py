@@ -53,7 +53,8 @@ class Head:
             rows = self._waiting.popleft()
             if rows is first or rows.result is not None:
                 continue
-            if count + rows.hidden.shape[0] <= _MAX_ROWS:
+            alike = rows.hidden.shape[1:] == first.hidden.shape[1:]
+            if alike and count + rows.hidden.shape[0] <= _MAX_ROWS:
                 together.append(rows)
                 count += rows.hidden.shape[0]
             else:

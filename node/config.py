@@ -8,11 +8,12 @@ import platformdirs
 
 from ..protocol.errors import ConfigError
 from ..protocol.span import Span
+from ..protocol.tensor import DType
 
 DATA_DIR_VARIABLE = "PETALS_DATA_DIR"
 BOOTSTRAP_VARIABLE = "PETALS_BOOTSTRAP"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WIRE_DTYPES = (*DTYPES, "int8")
+WIRE_DTYPES = ("auto", *(dtype.value for dtype in DType))
 QUANTIZATIONS = ("none", "int8", "nf4")
 MAX_PUBLIC_NAME = 64
 

@@ -8,6 +8,7 @@ from petals.inference import head
 from petals.inference.checkpoint import open_checkpoint
 from petals.inference.head import Head
 from petals.inference.model import Ends
+from petals.protocol.errors import LocalProtocolError
 from support.tiny_bloom import save_bloom
 
 
@@ -47,9 +48,13 @@ def test_a_pass_is_bounded(ends: Ends, passes: list[int], monkeypatch: pytest.Mo
     assert passes == [4, 2, 6]
 
 
-def test_a_pass_that_fails_harms_nobody_else(ends: Ends) -> None:
+@pytest.mark.parametrize("bad_first", [True, False])
+def test_rows_of_a_wrong_width_harm_nobody_else(ends: Ends, bad_first: bool) -> None:
     shared = Head(ends)
     bad, good = shared.add(torch.randn(1, 1, 7)), shared.add(torch.randn(1, 1, 48))
-    with pytest.raises(RuntimeError):
-        bad.logits()
-    assert good.logits().shape[0] == 1
+    for rows in (bad, good) if bad_first else (good, bad):
+        if rows is good:
+            assert rows.logits().shape[0] == 1
+        else:
+            with pytest.raises(LocalProtocolError):
+                rows.logits()

@@ -74,7 +74,7 @@ def test_narrow_weights_take_less_memory(tmp_path: Path) -> None:
         return stored_in_16_bits.block_bytes(precision) / stored_in_16_bits.block_parameters()
 
     assert bytes_per_weight("auto") == bytes_per_weight("float16") == 2
-    assert 1 <= bytes_per_weight("auto", "int8") < 1.1
+    assert 1.1 < bytes_per_weight("auto", "int8") < 1.3
     assert 0.5 < bytes_per_weight("auto", "nf4") < 0.6
 
 
