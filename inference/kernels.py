@@ -329,20 +329,20 @@ def _try(kernel: MakeKernel, weights: WeightFormat, device: torch.device) -> flo
             error = (made(rows).float() - expected).norm() / expected.norm()
             if not error < _TOLERANCE.get(weights, 0.02):
                 return None
-            product *= _time(made, rows)
+            product *= least_seconds(functools.partial(made, rows), device)
     # An op that this build of torch lacks, or has for other processors only, raises anything.
     except Exception:  # noqa: BLE001
         return None
     return math.pow(product, 1 / len(_ROWS))
 
 
-def _time(kernel: Kernel, rows: torch.Tensor) -> float:
-    """Seconds that a call takes: the least of a few, which noise only makes longer."""
+def least_seconds(action: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds that ``action`` takes: the least of a few, which noise only makes longer."""
     least = float("inf")
     for _ in range(5):
         begin = time.perf_counter()
-        kernel(rows)
-        if rows.device.type == "cuda":
-            torch.cuda.synchronize(rows.device)
+        action()
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
         least = min(least, time.perf_counter() - begin)
     return least
