@@ -41,6 +41,8 @@ class Blocks:
         self._run_block = run_block
         self._bias = None if alibi_slopes is None else AlibiBias(alibi_slopes)
         self._scratch = Scratch(self.device)
+        self.passes = 0
+        """Blocks run so far, each for a whole batch: a sign of life within a long round."""
 
     def plan(self, lanes: Sequence[LaneRows]) -> Plan:
         """The plan for one batch of the rows of ``lanes``, in this order; good for one ``run``."""
@@ -58,6 +60,7 @@ class Blocks:
             raise LocalProtocolError(f"blocks {span} were asked for, {self.span} are loaded")
         for block in range(span.start, span.end):
             hidden = self._run_block(self._modules[block - self.span.start], hidden, plan)
+            self.passes += 1
         return hidden
 
 

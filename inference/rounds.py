@@ -6,7 +6,6 @@ only if something is wrong. What is handed out is never a view of the batch, whi
 it in memory for the sake of a row, and whose memory the blocks may use again.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ from .attention import LaneRows
 from .model import Blocks
 from .schedule import Share
 from .steps import Step
-from .tensors import to_torch, to_wire, torch_dtype
+from .tensors import is_finite, to_torch, to_wire, torch_dtype
 
 
 @dataclass(slots=True)
@@ -82,7 +81,7 @@ class Rounds:
         if step.rows > 1 or padded:
             dtype, device = self._blocks.dtype, self._blocks.device
             hidden = to_torch(step.hidden, dtype=dtype, device=device)
-            if not _is_finite(hidden):
+            if not is_finite(hidden):
                 raise _poison()
             make = torch.zeros if padded else torch.empty
             step.input = hidden
@@ -133,11 +132,11 @@ class Rounds:
             for wire in wires
         ]
         rows = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        if _is_finite(rows):
+        if is_finite(rows):
             return plain, rows
         good, finite = [], []
         for step, own in _split(rows, plain):
-            if _is_finite(own):
+            if is_finite(own):
                 good.append(step)
                 finite.append(own)
             else:
@@ -202,11 +201,11 @@ class Rounds:
         batch = _encode(outputs[0], plain)
         for piece, own in zip(pieces, outputs[1:], strict=True):
             piece.take(own, batch)
-        if not _is_finite(output):
+        if not is_finite(output):
             owners = [*_split(outputs[0], plain)]
             owners += [(piece.step, own) for piece, own in zip(pieces, outputs[1:], strict=True)]
             for step, own in owners:
-                if not _is_finite(own):
+                if not is_finite(own):
                     batch[step] = ModelError(f"blocks {step.span} gave NaN or infinity")
         return batch
 
@@ -241,7 +240,7 @@ class _Piece:
         ):
             place.copy_(rows)
         if self.end == step.rows:
-            if _narrows(output, step.wire_dtype) and not _is_finite(step.output):
+            if _narrows(output, step.wire_dtype) and not is_finite(step.output):
                 batch[step] = _too_large(step)
             else:
                 batch[step] = to_wire(step.output, step.wire_dtype)
@@ -268,8 +267,8 @@ def _encode(output: torch.Tensor, plain: Sequence[Step]) -> dict[Step, WireTenso
             steps, rows = [step for step, _ in own], torch.cat([part for _, part in own])
         if _narrows(rows, dtype):
             rows = rows.to(torch_dtype(dtype))
-            if not _is_finite(rows):
-                large = [step for step, part in _split(rows, steps) if not _is_finite(part)]
+            if not is_finite(rows):
+                large = [step for step, part in _split(rows, steps) if not is_finite(part)]
                 batch |= {step: _too_large(step) for step in large}
         wire = to_wire(rows, dtype)
         width, row_bytes = rows.shape[1], dtype.row_bytes(rows.shape[1])
@@ -287,13 +286,6 @@ def _split(rows: torch.Tensor | None, plain: Sequence[Step]) -> Iterator[tuple[S
     """Each plain step with its own of ``rows`` ``[rows, hidden]``."""
     if rows is not None:
         yield from zip(plain, rows.split([step.batch for step in plain]), strict=True)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite: both spread into a sum, which is one cheap pass."""
-    if math.isfinite(tensor.sum(dtype=torch.float32).item()):
-        return True
-    return bool(torch.isfinite(tensor).all())
 
 
 def _narrows(tensor: torch.Tensor, dtype: DType) -> bool:

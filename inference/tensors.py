@@ -5,6 +5,8 @@ a tensor that is contiguous, on the CPU and of the right dtype is sent from its 
 conversion (another dtype, int8 in blocks) makes one new tensor of the target's size.
 """
 
+import math
+
 import numpy
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -68,6 +70,13 @@ def to_wire(tensor: torch.Tensor, dtype: DType | None = None) -> WireTensor:
         own = tensor.detach().to(device="cpu", dtype=_PLAIN[target]).contiguous()
     data = own.view(-1).view(torch.uint8).numpy().data
     return WireTensor(dtype=target, shape=tuple(tensor.shape), data=data)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: both spread into a sum, which is one cheap pass."""
+    if math.isfinite(tensor.sum(dtype=torch.float32).item()):
+        return True
+    return bool(torch.isfinite(tensor).all())
 
 
 def _pack(tensor: torch.Tensor) -> torch.Tensor:

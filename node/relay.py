@@ -1,9 +1,11 @@
 """Serve other people's sessions: the shell around ``protocol/hop.py`` and the engine.
 
-A session lives exactly as long as the control stream on which its originator opened it. Its tasks
-are children of that stream's handler: one sends onward, one watches the clock. Steps come in on a
-second stream, the predecessor's link, whose handler only feeds the hop; so a link may break and come
-again without the session noticing.
+A session lives as long as the control stream on which its originator opened it, and for ``LINGER``
+seconds without one: an originator that comes back in time opens the same session again, on another
+stream, and everything is as it was. Its tasks are children of the first stream's handler: one holds
+the control stream of the time, one sends onward, one watches the clock. Steps come in on a second
+stream, the predecessor's link, whose handler only feeds the hop; so a link may break and come again
+without the session noticing.
 
 A token costs few turns of the event loop, as each of them is paid at every hop: a step goes to the
 engine in the turn in which its frame was read, and its result goes into the log and wakes the task
@@ -14,6 +16,7 @@ import collections
 import logging
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -33,6 +36,7 @@ from ..protocol.frames import (
     SESSION_PROTOCOL,
     Close,
     Failed,
+    Frame,
     Hello,
     Link,
     Open,
@@ -41,6 +45,7 @@ from ..protocol.frames import (
     Refused,
     Relink,
     Resume,
+    State,
     Step,
 )
 from ..protocol.hop import (
@@ -52,11 +57,13 @@ from ..protocol.hop import (
     Hop,
     Linked,
     Refusal,
+    Reopened,
     Reply,
     SuccessorLost,
     Welcome,
     check_open,
     offered_keys,
+    same_session,
     shares_prefixes,
 )
 from ..protocol.span import Span
@@ -77,6 +84,9 @@ LINK_PATIENCE = 10.0
 originator on another connection."""
 FIRST_FRAME_TIMEOUT = 10.0
 """Seconds for a new stream to say what it is for."""
+LINGER = 10.0
+"""Seconds for which a session is kept without its originator: a connection that broke is dialled
+again at once, and whoever is not back by then has gone. Sessions that linger give way to others."""
 LINK_ATTEMPTS = 4
 LINK_RETRY_DELAY = 0.25
 """Seconds before a broken link to the successor is dialled again; doubles each time."""
@@ -97,6 +107,11 @@ class RelayedSession:
     ) -> None:
         self.opened = opened
         self.control = control
+        """The stream to the originator, or what is left of the last one."""
+        self.control_scope = trio.CancelScope()
+        self.control_taken = trio.Event()
+        """Set when another stream has taken the place of ``control``."""
+        self.lingering_since: float | None = None
         self.hop = hop
         self._submit = submit
         self.changed = Signal()
@@ -136,6 +151,16 @@ class RelayedSession:
         if not isinstance(event, Step):  # which has changed nothing yet
             self.changed.notify()
         return replies
+
+    def reopen(self, opened: Open, control: FrameStream) -> None:
+        """The originator has come back, on another stream."""
+        self.control = control
+        self.control_taken.set()
+        self.control_taken = trio.Event()
+        self.control_scope.cancel()  # an older stream, if it has not broken yet
+        self.receive(Reopened(opened))
+        if self.hop.successor is None:
+            self.successor_scope.cancel()  # outputs go to the new stream
 
     def end(self, last_word: Failed) -> None:
         """End the session from our side."""
@@ -199,13 +224,21 @@ class Relay:
             logger.debug("stream of %s ended: %s", frames.peer_id, error)
 
     async def leave(self, patience: float) -> None:
-        """Refuse new sessions, let running steps end for ``patience`` seconds, end all sessions."""
+        """Refuse new sessions, and hand over each running one when no step of it is under way.
+
+        Originators look for somebody else as soon as they are told. Those whose step takes longer
+        than ``patience`` seconds are told in the middle of it.
+        """
         self._leaving = True
+        farewell = failed(ErrorCode.LEAVING, "this node is leaving the swarm")
         with trio.move_on_after(patience):
-            while any(session.busy for session in self._sessions.values()):
+            while self._sessions:
+                for session in list(self._sessions.values()):
+                    if not session.busy and not session.over:
+                        session.end(farewell)
                 await self._changed.wait()
         for session in list(self._sessions.values()):
-            session.end(failed(ErrorCode.LEAVING, "this node is shutting down"))
+            session.end(farewell)
         with trio.move_on_after(patience):
             while self._sessions:
                 await self._changed.wait()
@@ -214,26 +247,73 @@ class Relay:
 
     async def _serve_session(self, control: FrameStream, opened: Open) -> None:
         if self._leaving:
-            raise Refusal(ErrorCode.LEAVING, "this node is shutting down")
+            raise Refusal(ErrorCode.LEAVING, "this node is leaving the swarm")
         rows = max_rows(opened.batch, self._hidden_size, opened.wire_dtype)
         check_open(opened, model=self._model, span_served=self._span, max_rows=rows)
-        await self._replace(opened, control.peer_id)
+        old = await self._find(opened, control.peer_id)
+        if old is not None:
+            await self._reopen(old, opened, control)
+            return
         if opened.session in self._opening:
             raise Refusal(ErrorCode.BAD_REQUEST, "a session of this id is being opened already")
-        if len(self._sessions) + len(self._opening) >= MAX_SESSIONS:
-            raise CacheFull(f"this node has {MAX_SESSIONS} sessions already", retry_after=5.0)
-        self._engine.open(
-            opened.session,
-            batch=opened.batch,
-            max_tokens=opened.max_tokens,
-            padding=opened.padding,
-            originator=control.peer_id,
-            priority=Priority.OWN if control.peer_id == self._network.peer_id else Priority.NORMAL,
-            prefixes=shares_prefixes(opened),
-        )
+        await self._reserve(opened, control.peer_id)
         restored = await self._restore(opened)
         hop = Hop(opened, hidden_size=self._hidden_size, now=trio.current_time(), restored=restored)
         await self._run_session(RelayedSession(opened, control, hop, self._submit), rows)
+
+    async def _find(self, opened: Open, peer_id: str) -> RelayedSession | None:
+        """The session that an originator opens again; one on other terms has to go first."""
+        old = self._sessions.get(opened.session)
+        if old is None:
+            return None
+        if old.control.peer_id != peer_id or opened.epoch <= old.hop.epoch:
+            raise Refusal(ErrorCode.BAD_REQUEST, "a session of this id is open already")
+        if same_session(old.opened, opened) and not old.over:
+            return old
+        old.scope.cancel()
+        await old.closed.wait()
+        return None
+
+    async def _reopen(self, session: RelayedSession, opened: Open, control: FrameStream) -> None:
+        """Give the session this stream for as long as no other comes; its own task reads it."""
+        session.reopen(opened, control)
+        taken = session.control_taken
+        self._changed.notify()  # a link may have been waiting for this epoch
+        async with open_flat_nursery() as nursery:
+
+            async def watch(event: trio.Event) -> None:
+                await event.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch, taken)
+            nursery.start_soon(watch, session.closed)
+
+    async def _reserve(self, opened: Open, peer_id: str) -> None:
+        """Open the session at the engine; those that linger give way, the oldest first."""
+        while True:
+            try:
+                if len(self._sessions) + len(self._opening) >= MAX_SESSIONS:
+                    raise CacheFull(
+                        f"this node has {MAX_SESSIONS} sessions already", retry_after=5.0
+                    )
+                self._engine.open(
+                    opened.session,
+                    batch=opened.batch,
+                    max_tokens=opened.max_tokens,
+                    padding=opened.padding,
+                    originator=peer_id,
+                    priority=Priority.OWN if peer_id == self._network.peer_id else Priority.NORMAL,
+                    prefixes=shares_prefixes(opened),
+                )
+            except CacheFull:
+                lingering = [s for s in self._sessions.values() if s.lingering_since is not None]
+                if not lingering:
+                    raise
+                oldest = min(lingering, key=lambda session: session.lingering_since or 0.0)
+                oldest.scope.cancel()
+                await oldest.closed.wait()
+            else:
+                return
 
     async def _restore(self, opened: Open) -> WireTensor | None:
         """What we hold already of the prefix that was offered: outputs [1, rows, hidden_size]."""
@@ -255,54 +335,72 @@ class Relay:
             self._opening.remove(opened.session)
 
     async def _run_session(self, session: RelayedSession, rows: int) -> None:
-        opened, control = session.opened, session.control
+        opened = session.opened
         self._sessions[opened.session] = session
         self._changed.notify()
         self._on_load_change()
         try:
             with session.scope:
-                left = self._engine.statistics()
-                await control.send(
-                    Ready(opened.epoch, left.cache_tokens_total - left.cache_tokens_used)
-                )
                 async with open_flat_nursery() as nursery:
                     nursery.start_soon(self._send_onward, session, min(rows, STEP_ROWS))
                     nursery.start_soon(self._watch_idle, session)
-                    await self._read_control(session)
+                    await self._hold_control(session)
                     nursery.cancel_scope.cancel()
+        except RemoteProtocolError as error:
+            logger.warning("peer %s broke the protocol: %s", session.control.peer_id, error)
+            session.ending = failed(ErrorCode.PROTOCOL, str(error))
         finally:
             session.link_scope.cancel()
             self._engine.close(opened.session)  # before ``closed``: the id may be opened again then
             del self._sessions[opened.session]
-            session.closed.set()
+            if session.ending is not None:
+                await _say(session.control, session.ending)
+            session.closed.set()  # which ends the stream that we have just spoken on
             self._changed.notify()
             self._on_load_change()
         if session.mistake is not None:
             raise session.mistake
-        if session.ending is not None:
-            await _say(control, session.ending)
 
-    async def _replace(self, opened: Open, peer_id: str) -> None:
-        """An originator that opens its session again has lost the old control stream."""
-        old = self._sessions.get(opened.session)
-        if old is None:
-            return
-        if old.control.peer_id != peer_id or opened.epoch <= old.hop.epoch:
-            raise Refusal(ErrorCode.BAD_REQUEST, "a session of this id is open already")
-        old.scope.cancel()
-        await old.closed.wait()
-
-    async def _read_control(self, session: RelayedSession) -> None:
-        """Until the originator closes the session or its stream."""
+    async def _hold_control(self, session: RelayedSession) -> None:
+        """Until the originator closes the session, or has not come back for ``LINGER`` seconds."""
         while True:
-            frame = await session.control.receive()
-            if frame is None or isinstance(frame, Close):
+            control = session.control
+            with trio.CancelScope() as session.control_scope:
+                try:
+                    left = self._engine.statistics()
+                    await control.send(
+                        Ready(session.hop.epoch, left.cache_tokens_total - left.cache_tokens_used)
+                    )
+                    if await self._read_control(session, control):
+                        return
+                except PeerError as error:
+                    logger.info("stream of originator %s broke: %s", control.peer_id, error)
+            if session.control is not control:
+                continue
+            taken, session.lingering_since = session.control_taken, trio.current_time()
+            with trio.move_on_after(LINGER) as lingering:
+                await taken.wait()
+            session.lingering_since = None
+            if lingering.cancelled_caught:
                 return
+
+    async def _read_control(self, session: RelayedSession, control: FrameStream) -> bool:
+        """Until the stream ends; whether the originator has closed the session."""
+        while True:
+            frame = await control.receive()
+            if frame is None or isinstance(frame, Close):
+                return frame is not None
             if not isinstance(frame, Relink | Probe):
                 raise RemoteProtocolError(f"{frame.KIND} has no place on a control stream")
             for reply in session.receive(frame):
-                await session.control.send(reply.frame)
+                await control.send(self._with_passes(reply.frame))
             self._changed.notify()  # a link may have been waiting for this epoch
+
+    def _with_passes(self, frame: Resume | State) -> Frame:
+        """A hop knows nothing of what its node does for others."""
+        if isinstance(frame, State):
+            return replace(frame, passes=self._engine.blocks.passes)
+        return frame
 
     def _submit(self, session: RelayedSession, compute: Compute) -> None:
         step, opened = compute.step, session.opened
@@ -352,9 +450,17 @@ class Relay:
         while True:
             with trio.CancelScope() as session.successor_scope:
                 if session.hop.successor is None:
-                    await self._send_outgoing(session, session.control, rows)
+                    await self._send_back(session, rows)
                 else:
                     await self._link_successor(session, session.hop.successor, rows)
+
+    async def _send_back(self, session: RelayedSession, rows: int) -> None:
+        """To the originator, until there is another stream to it (which cancels this)."""
+        try:
+            await self._send_outgoing(session, session.control, rows)
+        except PeerError as error:
+            logger.debug("outputs for %s wait: %s", session.control.peer_id, error)
+        await trio.sleep_forever()
 
     async def _send_outgoing(self, session: RelayedSession, stream: FrameStream, rows: int) -> None:
         while True:
@@ -376,8 +482,10 @@ class Relay:
             attempts = 1 if session.hop.successor_linked else attempts + 1
             session.receive(SuccessorLost())
             if attempts >= LINK_ATTEMPTS:
-                await session.control.send(failed(ErrorCode.UNREACHABLE, reason, successor.peer_id))
-                await trio.sleep_forever()  # until the originator relinks or closes
+                await _say(
+                    session.control, failed(ErrorCode.UNREACHABLE, reason, successor.peer_id)
+                )
+                await trio.sleep_forever()  # until the originator relinks, comes back, or closes
             await trio.sleep(LINK_RETRY_DELAY * 2 ** (attempts - 1))
 
     async def _run_link(self, session: RelayedSession, successor: Peer, rows: int) -> None:

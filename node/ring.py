@@ -3,6 +3,9 @@
 One task per hop holds its control stream, one holds the link to the first hop, one plans routes for
 missing blocks, one watches the clock. All of them are children of the session's nursery and end
 with it; the chain decides, they carry out.
+
+What a peer did is remembered for the next session, too: who fails is avoided for a while, who has no
+room for as long as it said, and who sends what cannot be is never used again.
 """
 
 import collections
@@ -15,6 +18,7 @@ from typing import Protocol
 
 import trio
 
+from ..inference.tensors import is_finite, to_torch
 from ..protocol.chain import (
     Chain,
     ChainHop,
@@ -23,9 +27,11 @@ from ..protocol.chain import (
     Deliver,
     DropHop,
     Event,
+    HopCut,
     HopLost,
     HopReady,
     HopState,
+    LinkCut,
     LinkFirst,
     OpenHop,
     ProbeHop,
@@ -65,9 +71,15 @@ from .wakeup import Signal, open_flat_nursery
 
 logger = logging.getLogger(__name__)
 
-OPEN_TIMEOUT = 15.0
-"""Seconds for a hop to be dialled and to say ready."""
+OPEN_TIMEOUT = 3.0
+"""Seconds for a peer that we are connected to, to say ready."""
+DIAL_TIMEOUT = 8.0
+"""The same for one that has to be dialled first: several round trips, and keys to agree on."""
+ROUND_TRIPS = 10
+"""What is added to both where the way is long."""
 CLOSE_TIMEOUT = 1.0
+LEAVING_PAUSE = 10.0
+"""Seconds for which a peer that says that it leaves is not asked again; it may come back."""
 ROUTE_RETRY_DELAY = 0.5
 """Seconds before a route is looked for again when nobody serves some blocks."""
 
@@ -95,6 +107,14 @@ class Router(Protocol):
 
 EmbedRows = Callable[[int, int], Awaitable[WireTensor]]
 """From ``start, stop`` to the embeddings [batch, stop - start, hidden_size] of those positions."""
+
+
+class LastWord(PeerError):
+    """A hop has said why it does not take part, or not any more."""
+
+    def __init__(self, frame: Failed | Refused, peer_id: str) -> None:
+        super().__init__(frame.reason, code=frame.code, peer_id=peer_id)
+        self.retry_after = frame.retry_after if isinstance(frame, Refused) else None
 
 
 class Ring:
@@ -142,6 +162,11 @@ class Ring:
         """The chain has a deadline before the one that is watched."""
         self._watched = -math.inf
         self._error: NoRoute | None = None
+        self._wanted = trio.Event()
+        """Set when a step is wanted after such an error."""
+        self._waiting_for: str | None = None
+        self._give_up_at = trio.current_time() + patience
+        """When patience ends; infinite while the ring runs."""
         self._conversing = 0
         """Hops that we still talk to."""
 
@@ -163,6 +188,16 @@ class Ring:
         return self._chain.recoveries
 
     @property
+    def reconnects(self) -> int:
+        """How often a stream to a hop had to be opened again."""
+        return self._chain.reconnects
+
+    @property
+    def waiting_for(self) -> str | None:
+        """Why the session cannot go on at the moment, in words; None when it can."""
+        return self._waiting_for
+
+    @property
     def length(self) -> int:
         """Positions sent around so far."""
         return self._chain.length
@@ -181,10 +216,14 @@ class Ring:
         """Send the next ``rows`` positions around; returns the last ``want`` rows of the output.
 
         The rows come as tensors [batch, some, hidden_size] to be joined along the rows. Raises
-        NoRoute when nobody serves some blocks for longer than the session's patience.
+        NoRoute when nobody serves some blocks for longer than the session's patience; a step of 0
+        rows goes on with what was sent before then.
         """
         chain = self._chain
         self._delivered.clear()  # of a step that was cancelled
+        if self._error is not None:  # what could not be found then may be there now
+            self._error = None
+            self._wanted.set()
         chain.append(rows, want_from=chain.length + rows - want, now=trio.current_time())
         self._sendable.notify()
         self._look_at_clock()
@@ -203,6 +242,19 @@ class Ring:
     # --- the chain's effects ------------------------------------------------------------------
 
     def _receive(self, event: Event) -> None:
+        self._apply(event)
+        if self._chain.state is ChainState.RUNNING:
+            self._give_up_at = math.inf
+        elif self._give_up_at == math.inf:
+            self._give_up_at = trio.current_time() + self._patience
+        if isinstance(event, Returned):
+            self._arrived.notify()
+            return  # every token: nobody else has to look
+        self._changed.notify()
+        self._sendable.notify()
+        self._look_at_clock()
+
+    def _apply(self, event: Event) -> None:
         for effect in self._chain.receive(event, trio.current_time()):
             if isinstance(effect, OpenHop):
                 self._start_hop(effect)
@@ -211,6 +263,8 @@ class Ring:
             elif isinstance(effect, ProbeHop):
                 self._outboxes[effect.peer_id].append(Probe(effect.nonce))
             elif isinstance(effect, DropHop):
+                if isinstance(event, HopCut | LinkCut | HopState | Ticked):
+                    self._swarm.failed(effect.peer_id, self._clock())
                 self._drop_hop(effect)
             elif isinstance(effect, LinkFirst):
                 self._link_scope.cancel()
@@ -218,12 +272,6 @@ class Ring:
                 self._nursery.start_soon(self._link_first, effect, self._link_scope)
             elif isinstance(effect, Deliver):
                 self._delivered.append(effect.hidden)
-        if isinstance(event, Returned):
-            self._arrived.notify()
-            return  # every token: nobody else has to look
-        self._changed.notify()
-        self._sendable.notify()
-        self._look_at_clock()
 
     def _look_at_clock(self) -> None:
         deadline = self._chain.next_deadline()
@@ -250,26 +298,43 @@ class Ring:
         def mine() -> bool:
             return self._outboxes.get(peer.peer_id) is outbox
 
-        reason = "cut off"
+        event: HopLost | HopCut = HopCut(peer.peer_id, "cut off")
         self._conversing += 1
         try:
             with scope:
                 await self._converse(peer, outbox, mine)
-        except (PeerError, RemoteProtocolError) as error:
-            reason = str(error)
+        except (LastWord, RemoteProtocolError) as error:
+            if mine():
+                self._judge(peer.peer_id, error)
+            event = HopLost(peer.peer_id, str(error))
+        except PeerError as error:
+            event = HopCut(peer.peer_id, str(error))
         finally:
             self._conversing -= 1
             self._changed.notify()
         if mine():
-            logger.info("hop %s lost: %s", peer.peer_id, reason)
-            self._swarm.failed(peer.peer_id, self._clock())
-            self._receive(HopLost(peer.peer_id, reason))
+            logger.info("hop %s: %s", peer.peer_id, event.reason)
+            self._receive(event)
+
+    def _judge(self, peer_id: str, error: PeerError | RemoteProtocolError) -> None:
+        """Remember what a peer has done to this session."""
+        now = self._clock()
+        if isinstance(error, RemoteProtocolError):
+            logger.warning("peer %s is not used again: %s", peer_id, error)
+            self._swarm.ban(peer_id)
+        elif isinstance(error, LastWord) and error.retry_after is not None:
+            self._swarm.refused(peer_id, now, error.retry_after)
+        elif error.code is ErrorCode.LEAVING:
+            self._swarm.refused(peer_id, now, LEAVING_PAUSE)
+        else:
+            self._swarm.failed(peer_id, now)
 
     async def _converse(
         self, peer: Peer, outbox: collections.deque[Frame], mine: Callable[[], bool]
     ) -> None:
         """Until ``close`` has been sent; every other end is a PeerError."""
-        with trio.move_on_after(OPEN_TIMEOUT) as opening:
+        timeout = self._open_timeout(peer.peer_id)
+        with trio.move_on_after(timeout) as opening:
             stream = await open_frame_stream(
                 self._network, peer.peer_id, peer.multiaddrs, SESSION_PROTOCOL, self._hello
             )
@@ -287,10 +352,16 @@ class Ring:
             finally:
                 await stream.close()
         raise PeerError(
-            f"did not answer within {OPEN_TIMEOUT:.0f} s",
+            f"did not answer within {timeout:.1f} s",
             code=ErrorCode.TIMEOUT,
             peer_id=peer.peer_id,
         )
+
+    def _open_timeout(self, peer_id: str) -> float:
+        round_trip = self._network.round_trip(peer_id)
+        if round_trip is None:
+            return DIAL_TIMEOUT
+        return OPEN_TIMEOUT + ROUND_TRIPS * round_trip
 
     async def _read_hop(
         self,
@@ -305,23 +376,24 @@ class Ring:
                 continue
             if isinstance(frame, Ready):
                 opening.deadline = float("inf")
-                self._swarm.succeeded(peer.peer_id)
                 self._receive(HopReady(peer.peer_id))
             elif isinstance(frame, Output):
+                if not is_finite(to_torch(frame.hidden)):
+                    raise RemoteProtocolError("the outputs contain NaN or infinity")
                 self._receive(Returned(peer.peer_id, frame))
             elif isinstance(frame, State):
                 self._receive(HopState(peer.peer_id, frame))
             elif isinstance(frame, Failed) and frame.peer_id not in (None, peer.peer_id):
                 self._blame(frame)
             elif isinstance(frame, Failed | Refused):
-                raise PeerError(frame.reason, code=frame.code, peer_id=peer.peer_id)
+                raise LastWord(frame, peer.peer_id)
             else:
                 said = "closed the session" if frame is None else f"sent {frame.KIND}"
                 raise PeerError(said, peer_id=peer.peer_id)
 
     def _blame(self, frame: Failed) -> None:
         """A hop says that its neighbour is at fault; if that is one of ours, replace it."""
-        if frame.peer_id in self._hop_scopes:
+        if frame.peer_id in self._outboxes:
             logger.info("hop %s blamed: %s", frame.peer_id, frame.reason)
             self._swarm.failed(frame.peer_id, self._clock())
             self._receive(HopLost(frame.peer_id, frame.reason))
@@ -343,17 +415,21 @@ class Ring:
                             self._take_link_frame(peer, await stream.receive(), scope)
                 finally:
                     await stream.close()
-            except (PeerError, RemoteProtocolError) as error:
-                reason = f"link: {error}"
-            logger.info("link to first hop %s broke: %s", peer.peer_id, reason)
-            self._receive(HopLost(peer.peer_id, reason))
+            except (LastWord, RemoteProtocolError) as error:
+                self._judge(peer.peer_id, error)
+                event: HopLost | LinkCut = HopLost(peer.peer_id, f"link: {error}")
+            except PeerError as error:
+                event = LinkCut(f"link: {error}")
+            if scope is self._link_scope:
+                logger.info("first hop %s: %s", peer.peer_id, event.reason)
+                self._receive(event)
 
     def _take_link_frame(self, peer: Peer, frame: Frame | None, scope: trio.CancelScope) -> None:
         if isinstance(frame, Resume):
             if scope is self._link_scope:  # else it speaks of a link that has been replaced
                 self._receive(frame)
         elif isinstance(frame, Refused | Failed):
-            raise PeerError(frame.reason, code=frame.code, peer_id=peer.peer_id)
+            raise LastWord(frame, peer.peer_id)
         else:
             said = "closed the link" if frame is None else f"sent {frame.KIND} on the link"
             raise PeerError(said, peer_id=peer.peer_id)
@@ -382,26 +458,32 @@ class Ring:
             await self._mend()
 
     async def _mend(self) -> None:
-        give_up = trio.current_time() + self._patience
         entries = await self._hash_inputs()
         fresh = False
         while missing := self._chain.missing:
             try:
                 hops = await self._plan(missing, fresh=fresh)
             except NoRoute as error:
-                if fresh and trio.current_time() >= give_up:
-                    self._error = error
-                    self._arrived.notify()
-                    await trio.sleep_forever()
-                if fresh:
+                self._waiting_for = str(error)
+                if fresh and trio.current_time() >= self._give_up_at:
+                    await self._give_up(error)
+                elif fresh:
                     await trio.sleep(ROUTE_RETRY_DELAY)
                 fresh = True
                 continue
             planned = [block for hop in hops for block in range(hop.span.start, hop.span.end)]
             needed = [block for gap in self._chain.missing for block in range(gap.start, gap.end)]
             if planned == needed:  # else something was lost while we planned
+                self._waiting_for = None
                 self._receive(Routed(hops, entries))
             await trio.lowlevel.checkpoint()
+
+    async def _give_up(self, error: NoRoute) -> None:
+        """Let ``step`` raise ``error``; return when another step is wanted."""
+        self._error, self._wanted = error, trio.Event()
+        self._arrived.notify()
+        await self._wanted.wait()
+        self._give_up_at = trio.current_time() + self._patience
 
     async def _hash_inputs(self) -> Sequence[bytes]:
         """The entry digests of what goes into the chain, for new hops that may know it already."""
@@ -440,7 +522,10 @@ class Ring:
                 sink=next((h.peer.peer_id for h in kept if h.span.start == gap.end), None),
                 fresh=fresh,
             )
-            hops += [ChainHop(Peer(hop.peer_id, hop.multiaddrs), hop.span) for hop in route]
+            hops += [
+                ChainHop(Peer(hop.peer_id, hop.multiaddrs), hop.span, pace=hop.pace)
+                for hop in route
+            ]
         return hops
 
     async def watch_clock(self) -> None:
@@ -458,6 +543,9 @@ class Ring:
 
     async def close(self) -> None:
         """Tell every hop that the session is over; bounded in time, also while being cancelled."""
+        for hop in self._chain.hops:
+            if hop.ready:
+                self._swarm.succeeded(hop.peer.peer_id)
         self._receive(Closed("the session is over"))
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             while self._conversing:

@@ -1,8 +1,10 @@
 """Find hops for a session: the node's view of the swarm put through ``protocol/routing.py``."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+
+import trio
 
 from ..protocol.announcement import Announcement
 from ..protocol.dice import Dice
@@ -11,6 +13,10 @@ from ..protocol.routing import LatencyEstimates, RouteHop, plan_route
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
 from .membership import Membership
+
+REFRESH_TIMEOUT = 3.0
+"""Seconds for asking the swarm anew. A frozen peer holds that up for longer, and a session that
+waits had better look at what is known again."""
 
 
 class SwarmRouter:
@@ -51,29 +57,21 @@ class SwarmRouter:
     ) -> Sequence[RouteHop]:
         """Hops for ``span``. Raises NoRoute, or ModelMismatch if the swarm's model is another."""
         if fresh:
-            with contextlib.suppress(PeerError):  # then what is known has to do
+            with contextlib.suppress(PeerError), trio.move_on_after(REFRESH_TIMEOUT):
                 await self._membership.refresh(self._fingerprint, self._num_blocks)
-        candidates = self._candidates(cache_tokens)
-        plan = partial(
-            plan_route,
-            span=span,
-            latency=LatencyEstimates.of(candidates, self._round_trips()),
-            dice=self._dice,
-            exclude=exclude,
-            source=source,
-            sink=sink,
-            model_name=self._model_name,
-        )
+            # whatever it has brought, has to do
+        plan = partial(self._plan, span=span, exclude=exclude, source=source, sink=sink)
         try:
-            return plan(candidates).hops
+            return plan(self._candidates(cache_tokens))
         except NoRoute:
             if not fresh:
                 raise
-        await self._membership.check_model(self._model_name, self._fingerprint)
-        everybody = {
-            peer.peer_id: peer for peer in self._swarm.candidates(self._clock(), self._fingerprint)
-        }
-        full = plan(everybody.values()).hops  # raises, and names the blocks, if there is a gap
+        with contextlib.suppress(NoRoute):  # whoever failed a moment ago is better than nobody
+            return plan(self._candidates(cache_tokens, urgent=True))
+        with contextlib.suppress(PeerError), trio.move_on_after(REFRESH_TIMEOUT):
+            await self._membership.check_model(self._model_name, self._fingerprint)
+        everybody = {peer.peer_id: peer for peer in self._candidates(0, urgent=True)}
+        full = plan(everybody.values())  # raises, and names the blocks, if there is a gap
         left = {hop: everybody[hop.peer_id].cache_tokens_left for hop in full}
         short = [hop for hop in full if left[hop] < cache_tokens]
         raise NoRoute(
@@ -84,11 +82,35 @@ class SwarmRouter:
             missing=[hop.span for hop in short],
         )
 
-    def _candidates(self, cache_tokens: int) -> list[Announcement]:
+    def _plan(
+        self,
+        candidates: Collection[Announcement],
+        *,
+        span: Span,
+        exclude: frozenset[str],
+        source: str | None,
+        sink: str | None,
+    ) -> Sequence[RouteHop]:
+        route = plan_route(
+            candidates,
+            span,
+            latency=LatencyEstimates.of(candidates, self._round_trips()),
+            dice=self._dice,
+            exclude=exclude,
+            failures=self._swarm.failures,
+            source=source,
+            sink=sink,
+            model_name=self._model_name,
+        )
+        return route.hops
+
+    def _candidates(self, cache_tokens: int, *, urgent: bool = False) -> list[Announcement]:
         """Who may be a hop, this node included (the swarm's view is of the others)."""
         now = self._clock()
-        candidates = self._swarm.candidates(now, self._fingerprint, cache_tokens=cache_tokens)
+        candidates = self._swarm.candidates(
+            now, self._fingerprint, cache_tokens=cache_tokens, urgent=urgent
+        )
         own = self._ourselves()
-        if own is not None and self._swarm.retry_at(own.peer_id) <= now:
+        if own is not None and self._swarm.usable(own.peer_id, now, urgent=urgent):
             candidates += [own] if own.cache_tokens_left >= cache_tokens else []
         return candidates

@@ -9,6 +9,10 @@ Rules of this file:
 * Every re-route raises the epoch. New hops are opened in it; of the old ones those whose neighbours
   changed are relinked. Links then resume by position, so nothing is computed twice that a
   surviving hop holds, and no hidden state passes through the originator.
+* A hop whose control stream breaks may live: it is opened again at the same peer, in a new epoch, and
+  what it holds it still holds. Only when that fails, or breaks again before anything has come back,
+  it is lost. The link to the first hop is dialled again likewise.
+* Who is silent, stuck or slow is for ``watch.py`` to say.
 * The originator's own log is the tokens: ``length`` of them; the shell embeds what ``next_due``
   says. Its link to the first hop is a link like any other.
 * A new hop is offered the prefix of the session that it may hold from another one, as far as the
@@ -20,8 +24,9 @@ Rules of this file:
 ``receive`` takes an event and the time and returns effects; nothing here waits or does I/O.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -33,11 +38,10 @@ from .log import OutputLog, RewindHistory
 from .prefix import last_boundary, named_boundaries, offers
 from .span import Span, gaps
 from .tensor import DType, WireTensor
+from .watch import Pace, Target, Watch
 
-STALL_TIMEOUT = 20.0
-"""Seconds without any progress after which all hops are asked whether they live."""
-PROBE_TIMEOUT = 5.0
-"""Seconds that a hop has to answer that."""
+MAX_CUTS = 3
+"""How often in a row, with nothing coming back in between, a stream to the same hop may break."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ class ChainHop:
     peer: Peer
     span: Span
     ready: bool = False
+    pace: Pace = field(default_factory=Pace)
+    """What it has announced of its speed, the way to it included."""
 
 
 # --- events ---------------------------------------------------------------------------------------
@@ -103,6 +109,21 @@ class HopLost:
 
 
 @dataclass(frozen=True, slots=True)
+class HopCut:
+    """The control stream to a hop broke, without a word that says why."""
+
+    peer_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkCut:
+    """Our link to the first hop broke, without a word that says why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class HopState:
     """A hop has answered a probe."""
 
@@ -130,7 +151,9 @@ class Closed:
     reason: str
 
 
-Event = Routed | HopReady | HopLost | HopState | Returned | Resume | Ticked | Closed
+Event = (
+    Routed | HopReady | HopLost | HopCut | LinkCut | HopState | Returned | Resume | Ticked | Closed
+)
 
 
 # --- effects --------------------------------------------------------------------------------------
@@ -138,7 +161,7 @@ Event = Routed | HopReady | HopLost | HopState | Returned | Resume | Ticked | Cl
 
 @dataclass(frozen=True, slots=True)
 class OpenHop:
-    """Open a stream to the peer and send the frame."""
+    """Open a stream to the peer, in place of one that may be there, and send the frame."""
 
     peer: Peer
     frame: Open
@@ -196,14 +219,15 @@ class Chain:
         self.length = 0
         self.expected = 0
         self.recoveries = 0
+        """How often other hops had to be found."""
+        self.reconnects = 0
+        """How often a stream to a hop that was kept had to be opened again."""
         self._own_peer_id = own_peer_id
         self._closed = False
         self._history = RewindHistory()
         self._sender = LinkSender(self._history)
-        self._progress = now
-        self._probe_nonce = 0
-        self._probed_at: float | None = None
-        self._unanswered: set[str] = set()
+        self._watch = Watch(now)
+        self._cuts: Counter[str] = Counter()
 
     def __repr__(self) -> str:
         hops = ", ".join(f"{hop.peer.peer_id}[{hop.span}]" for hop in self.hops)
@@ -250,7 +274,7 @@ class Chain:
             )
         self.length += tokens
         self.expected = want_from
-        self._progress = now
+        self._watch.sent(tokens, now)
 
     def rewind(self, position: int) -> None:
         """Go back: the log ends at ``position`` from now on."""
@@ -275,9 +299,7 @@ class Chain:
         """When to say ``Ticked``; None while nothing is awaited from a whole ring."""
         if self.expected >= self.length or self.state is not ChainState.RUNNING:
             return None
-        if self._probed_at is not None:
-            return self._probed_at + PROBE_TIMEOUT
-        return self._progress + STALL_TIMEOUT
+        return self._watch.deadline()
 
     # --- the route --------------------------------------------------------------------------------
 
@@ -296,7 +318,8 @@ class Chain:
         self.recoveries += 1 if self.epoch else 0
         self.epoch += 1
         self.hops = tuple(hops)
-        self._progress, self._probed_at = now, None
+        self._watch.announced(sum((hop.pace for hop in hops), Pace()))
+        self._watch.rerouted(self.length, now)
         effects: list[Effect] = []
         offered = offers(
             event.entries[: named_boundaries(self.offerable)],
@@ -312,12 +335,10 @@ class Chain:
                 effects.append(OpenHop(hop.peer, opened))
             elif before[peer_id] != (predecessor, successor):
                 effects.append(RelinkHop(peer_id, Relink(self.epoch, predecessor, successor)))
-        first = hops[0].peer
-        if first.peer_id in new:
-            self._sender.lost()
+        if hops[0].peer.peer_id in new:
+            effects += self._link_first()
             if not offered[0]:
                 self._sender.assume_fresh()
-            effects.append(LinkFirst(first, self.epoch))
         return effects
 
     def _neighbours(self) -> dict[str, tuple[str, Peer | None]]:
@@ -346,12 +367,14 @@ class Chain:
         )
 
     def _ready(self, event: HopReady, now: float) -> list[Effect]:
-        self.hops = tuple(
-            ChainHop(hop.peer, hop.span, hop.ready or hop.peer.peer_id == event.peer_id)
-            for hop in self.hops
-        )
-        self._progress = now
+        self._set_ready(event.peer_id, ready=True)
+        self._watch.moved(now)
         return []
+
+    def _set_ready(self, peer_id: str, *, ready: bool) -> None:
+        self.hops = tuple(
+            replace(hop, ready=ready) if hop.peer.peer_id == peer_id else hop for hop in self.hops
+        )
 
     def _lost(self, event: HopLost, _now: float) -> list[Effect]:
         kept = tuple(hop for hop in self.hops if hop.peer.peer_id != event.peer_id)
@@ -359,6 +382,40 @@ class Chain:
             return []
         self.hops = kept
         return [DropHop(event.peer_id, event.reason)]
+
+    def _cut(self, event: HopCut, now: float) -> list[Effect]:
+        peer_id = event.peer_id
+        places = [place for place, hop in enumerate(self.hops) if hop.peer.peer_id == peer_id]
+        if not places:
+            return []
+        place, hop = places[0], self.hops[places[0]]
+        self._cuts[peer_id] += 1
+        if not hop.ready or self._cuts[peer_id] > MAX_CUTS:
+            return self._lost(HopLost(peer_id, event.reason), now)
+        self.epoch += 1
+        self.reconnects += 1
+        self._set_ready(peer_id, ready=False)
+        self._watch.moved(now)
+        neighbours = self._neighbours()
+        effects: list[Effect] = [OpenHop(hop.peer, self._open(hop.span, *neighbours[peer_id], ()))]
+        if place == 0:
+            effects += self._link_first()
+        else:  # had it restarted, it would not let a link of an older epoch in
+            before = self.hops[place - 1].peer.peer_id
+            effects.append(RelinkHop(before, Relink(self.epoch, *neighbours[before])))
+        return effects
+
+    def _link_first(self) -> list[Effect]:
+        self._sender.lost()
+        return [LinkFirst(self.hops[0].peer, self.epoch)]
+
+    def _link_cut(self, event: LinkCut, now: float) -> list[Effect]:
+        if not self.hops:
+            return []
+        self._cuts[self._own_peer_id] += 1
+        if self._cuts[self._own_peer_id] > MAX_CUTS:
+            return self._lost(HopLost(self.hops[0].peer.peer_id, event.reason), now)
+        return self._link_first()
 
     # --- the rows ---------------------------------------------------------------------------------
 
@@ -396,7 +453,8 @@ class Chain:
         # A last hop that replaces another cuts its rows into outputs as it likes.
         hidden = wanted.read(self.expected - output.position, shape[1])
         self.expected = end
-        self._progress, self._probed_at = now, None
+        self._watch.returned(now, everything=end == self.length)
+        self._cuts.clear()
         return [Deliver(hidden)]
 
     # --- who lives --------------------------------------------------------------------------------
@@ -405,21 +463,22 @@ class Chain:
         deadline = self.next_deadline()
         if deadline is None or now < deadline:
             return []
-        if self._probed_at is None:
-            self._probe_nonce += 1
-            self._probed_at = now
-            self._unanswered = {hop.peer.peer_id for hop in self.hops}
-            return [ProbeHop(hop.peer.peer_id, self._probe_nonce) for hop in self.hops]
-        self._progress, self._probed_at = now, None
-        effects: list[Effect] = []
-        for peer_id in sorted(self._unanswered):
-            effects += self._lost(HopLost(peer_id, "did not answer a probe"), now)
-        return effects
+        if not self._watch.asking:
+            peers = [hop.peer.peer_id for hop in self.hops]
+            nonce = self._watch.ask(peers, now)
+            return [ProbeHop(peer_id, nonce) for peer_id in peers]
+        silent = self._watch.unanswered(now)
+        return self._give_up(silent, "did not answer a probe", now)
 
-    def _answered(self, event: HopState, _now: float) -> list[Effect]:
-        if event.state.nonce == self._probe_nonce:
-            self._unanswered.discard(event.peer_id)
-        return []
+    def _answered(self, event: HopState, now: float) -> list[Effect]:
+        target = Target(self.length, self._history.current)
+        stuck = self._watch.answered(event.peer_id, event.state, target, now)
+        return self._give_up(stuck, "nothing moves there", now)
+
+    def _give_up(self, peer_ids: Sequence[str], reason: str, now: float) -> list[Effect]:
+        return [
+            effect for peer_id in peer_ids for effect in self._lost(HopLost(peer_id, reason), now)
+        ]
 
     def _close(self, event: Closed, _now: float) -> list[Effect]:
         effects: list[Effect] = [DropHop(hop.peer.peer_id, event.reason) for hop in self.hops]
@@ -430,6 +489,8 @@ class Chain:
         Routed: _routed,
         HopReady: _ready,
         HopLost: _lost,
+        HopCut: _cut,
+        LinkCut: _link_cut,
         HopState: _answered,
         Returned: _returned,
         Resume: _resumed,

@@ -231,16 +231,25 @@ class State(Frame):
     nonce: int
     position: int
     """Rows taken in."""
+    rewind: int
+    """The rewind that these belong to."""
     produced: int
     """Rows computed."""
+    produced_rewind: int
     successor_linked: bool
+    passes: int = 0
+    """Blocks that this node has run so far, for whomever: a queue that moves is slow, one that does
+    not is stuck."""
 
     KIND: ClassVar[str] = "state"
     CHECKS: ClassVar[Mapping[str, Check]] = {
         "nonce": checks.counter,
         "position": checks.position,
+        "rewind": checks.counter,
         "produced": checks.position,
+        "produced_rewind": checks.counter,
         "successor_linked": checks.boolean,
+        "passes": checks.counter,
     }
 
 

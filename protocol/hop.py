@@ -10,6 +10,8 @@ Rules of this file:
 * Rewinds take effect when their first step has been computed, in order with everything else.
 * Only the predecessor that the originator named may link, and only from the epoch on in which it
   was named.
+* A hop outlives its control stream for a while: an originator that comes back in time with a newer
+  epoch (``Reopened``) finds everything as it was, and only outputs are sent again.
 * A hop that was offered a prefix and holds it begins behind it. What it can say of where its rows
   come from it says to the engine (``Compute.labels``) and, of rows computed, to its successor
   (``Step.vouched``); ``prefix.py`` has the theory.
@@ -18,7 +20,7 @@ Rules of this file:
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any, ClassVar
 
@@ -67,7 +69,14 @@ class SuccessorLost:
     """The link to the successor broke; it may be linked again."""
 
 
-Event = Linked | Step | Computed | Resume | SuccessorLost | Relink | Probe
+@dataclass(frozen=True, slots=True)
+class Reopened:
+    """The originator lost its control stream and has opened the same session again on another."""
+
+    opened: Open
+
+
+Event = Linked | Step | Computed | Resume | SuccessorLost | Relink | Reopened | Probe
 
 
 # --- effects --------------------------------------------------------------------------------------
@@ -286,13 +295,21 @@ class Hop:
         self._returned = 0
         return [DialSuccessor()]
 
+    def _reopened(self, event: Reopened) -> list[Effect]:
+        opened = event.opened
+        effects = self._relinked(Relink(opened.epoch, opened.predecessor, opened.successor))
+        self._returned = 0  # outputs may have been lost with the old stream
+        return effects
+
     def _probed(self, probe: Probe) -> list[Effect]:
         return [
             Reply(
                 State(
                     nonce=probe.nonce,
                     position=self.position,
+                    rewind=self._receiver.rewind,
                     produced=self.produced,
+                    produced_rewind=self._history.current,
                     successor_linked=self.successor_linked,
                 )
             )
@@ -305,8 +322,20 @@ class Hop:
         Resume: _resumed,
         SuccessorLost: _successor_lost,
         Relink: _relinked,
+        Reopened: _reopened,
         Probe: _probed,
     }
+
+
+def same_session(held: Open, opened: Open) -> bool:
+    """Whether ``opened`` asks for what is held already, but for its place in the ring."""
+    return held == replace(
+        opened,
+        epoch=held.epoch,
+        predecessor=held.predecessor,
+        successor=held.successor,
+        prefix=held.prefix,
+    )
 
 
 def shares_prefixes(opened: Open) -> bool:

@@ -23,6 +23,7 @@ from .dice import Dice
 from .errors import NoRoute
 from .shortest_path import Costs, shortest_path
 from .span import Span, gaps
+from .watch import Pace
 
 MAX_CANDIDATES = 32
 DEFAULT_LATENCY = 0.05
@@ -32,6 +33,11 @@ NOMINAL_SPEED = 100.0
 LOAD_PER_SESSION = 0.25
 """How much longer a step takes for each session open at the peer. Sessions share each read of the
 weights, and most of them wait for somebody most of the time, so it is well below 1."""
+FAILURE_SECONDS = 0.05
+"""What it costs to go through a peer for each time that it failed us lately: as much as another
+hop across the Internet. A recovery costs more, but a past failure is no certain one."""
+MAX_FAILURES = 20
+"""Beyond, a peer is at the end of any ranking."""
 THROUGHPUT_LATENCY = 0.05
 """The weight of latency when throughput is wanted: many rows are under way at once, so it is paid
 once for many, and still decides between peers of equal speed."""
@@ -56,6 +62,8 @@ class RouteHop:
     peer_id: str
     multiaddrs: tuple[str, ...]
     span: Span
+    pace: Pace = field(default_factory=Pace, repr=False, compare=False)
+    """What it has announced of its speed for these blocks, the way to it included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +126,13 @@ def plan_route(
     latency: Latency,
     dice: Dice,
     exclude: Collection[str] = (),
+    failures: Callable[[str], int] = lambda _: 0,
     objective: Objective = Objective.LATENCY,
     source: str | None = None,
     sink: str | None = None,
     model_name: str = "the model",
 ) -> Route:
-    """The cheapest route through the blocks of ``span``.
+    """The cheapest route through the blocks of ``span``; peers with ``failures`` are dearer.
 
     It leads from ``source`` to ``sink``: None is the originator, and a recovery names the hops
     that have survived before and behind the gap. Peers in ``exclude`` are not used, neither are
@@ -149,15 +158,21 @@ def plan_route(
         )
     # in random order, so that originators do not all take the same one of several equals
     shuffled = sorted(useful, key=lambda _: dice.random())
-    costs = _costs(shuffled, span, latency, dice, objective, source, sink)
+    costs = _costs(shuffled, span, latency, dice, failures, objective, source, sink)
     path = shortest_path(costs)
-    hops = []
-    start = span.start
+    hops: list[RouteHop] = []
+    before, start = source, span.start
     for number, run in groupby(path):
         peer, end = shuffled[number][0], start + len(list(run))
-        hops.append(RouteHop(peer.peer_id, peer.multiaddrs, Span(start, end)))
-        start = end
+        pace = _pace(peer, end - start, latency(before, peer.peer_id))
+        hops.append(RouteHop(peer.peer_id, peer.multiaddrs, Span(start, end), pace))
+        before, start = peer.peer_id, end
     return Route(tuple(hops), costs.total(path))
+
+
+def _pace(peer: Announcement, blocks: int, latency: float) -> Pace:
+    row = blocks * block_seconds(peer, Objective.THROUGHPUT)
+    return Pace(latency + blocks * block_seconds(peer), row)
 
 
 def no_route(model_name: str, missing: Sequence[Span], peers_seen: int) -> NoRoute:
@@ -177,6 +192,7 @@ def _costs(
     span: Span,
     latency: Latency,
     dice: Dice,
+    failures: Callable[[str], int],
     objective: Objective,
     source: str | None,
     sink: str | None,
@@ -185,7 +201,11 @@ def _costs(
     weight = 1.0 if objective is Objective.LATENCY else THROUGHPUT_LATENCY
     ids = [peer.peer_id for peer, _ in useful]
     seconds = [block_seconds(peer, objective) for peer, _ in useful]
-    entry = [weight * latency(source, peer_id) for peer_id in ids]
+    risk = [FAILURE_SECONDS * min(failures(peer_id), MAX_FAILURES) for peer_id in ids]
+    entry = [
+        weight * latency(source, peer_id) + dearer
+        for peer_id, dearer in zip(ids, risk, strict=True)
+    ]
     leave = [weight * latency(peer_id, sink) for peer_id in ids]
     # what a block costs at a peer if the route goes there and uses all that it has
     scores = [
@@ -203,7 +223,8 @@ def _costs(
     def between(sender: int, receiver: int) -> float:
         value = known.get((sender, receiver))
         if value is None:
-            value = known[sender, receiver] = weight * latency(ids[sender], ids[receiver])
+            seconds_between = weight * latency(ids[sender], ids[receiver])
+            value = known[sender, receiver] = seconds_between + risk[receiver]
         return value
 
     return Costs(holders, seconds, entry, leave, between)

@@ -2,7 +2,9 @@
 
 Rules of this file: of two announcements by one peer the one with the higher sequence holds; one
 that has expired is as good as none; a peer that failed us is left alone for a while, longer each
-time; a peer that lied is left alone for good. Time is an argument.
+time, and ranks lower for long; one that refused us is left alone for as long as it asked; a peer
+that lied is left alone for good. Where nobody else is left, one that failed us is tried again sooner:
+a session had better wait for it than for nobody. Time is an argument.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,12 +20,16 @@ MAX_BANNED = 4096
 FIRST_BACKOFF = 1.0
 """Seconds that a peer is avoided after its first failure; each further one doubles them."""
 MAX_BACKOFF = 300.0
+URGENT_BACKOFF = 2.0
+"""The longest that a peer is avoided after a failure when there is nobody else."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Failures:
     count: int
     retry_at: float
+    urgent_at: float
+    """The same where there is nobody else."""
 
 
 class Swarm:
@@ -92,18 +98,27 @@ class Swarm:
         ]
 
     def candidates(
-        self, now: float, fingerprint: str, *, cache_tokens: int = 0
+        self, now: float, fingerprint: str, *, cache_tokens: int = 0, urgent: bool = False
     ) -> list[Announcement]:
-        """The peers that a new session may use: online, with room, neither failing nor banned."""
+        """The peers that a new session may use: online, with room, neither failing nor banned.
+
+        ``urgent``: also those that failed us a moment ago.
+        """
         return [
             known
             for known in self.peers(now, fingerprint)
             if known.state is PeerState.ONLINE
             and known.span is not None
             and known.cache_tokens_left >= cache_tokens
-            and known.peer_id not in self._banned
-            and self.retry_at(known.peer_id) <= now
+            and self.usable(known.peer_id, now, urgent=urgent)
         ]
+
+    def usable(self, peer_id: str, now: float, *, urgent: bool = False) -> bool:
+        """Whether a peer is neither banned nor avoided."""
+        if peer_id in self._banned:
+            return False
+        failures = self._failures.get(peer_id)
+        return failures is None or now >= (failures.urgent_at if urgent else failures.retry_at)
 
     def coverage(self, now: float, fingerprint: str, num_blocks: int) -> list[int]:
         """How many online peers serve each block."""
@@ -122,20 +137,40 @@ class Swarm:
 
     def failed(self, peer_id: str, now: float) -> float:
         """A peer failed us. Returns when it may be tried again."""
-        earlier = self._failures.get(peer_id)
-        count = 1 if earlier is None else earlier.count + 1
+        count = self.failures(peer_id) + 1
         # 2 ** 9 seconds are over the maximum already
-        retry_at = now + min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** min(count - 1, 9))
-        if earlier is None and len(self._failures) >= MAX_PEERS:
+        backoff = min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** min(count - 1, 9))
+        self._avoid(peer_id, count, now, backoff, min(backoff, URGENT_BACKOFF))
+        return now + backoff
+
+    def refused(self, peer_id: str, now: float, retry_after: float) -> None:
+        """A peer has no room, or is leaving, and said when to ask again: that is no failure."""
+        self._avoid(peer_id, self.failures(peer_id), now, retry_after, retry_after)
+
+    def _avoid(
+        self, peer_id: str, count: int, now: float, seconds: float, urgent_seconds: float
+    ) -> None:
+        if peer_id not in self._failures and len(self._failures) >= MAX_PEERS:
             self.expire(now)
             while len(self._failures) >= MAX_PEERS:
                 del self._failures[next(iter(self._failures))]
-        self._failures[peer_id] = _Failures(count, retry_at)
-        return retry_at
+        self._failures[peer_id] = _Failures(count, now + seconds, now + urgent_seconds)
 
     def succeeded(self, peer_id: str) -> None:
-        """A peer did what we asked of it: its failures are forgotten."""
-        self._failures.pop(peer_id, None)
+        """A peer served a session to its end: it may be tried at once, and one failure is forgiven.
+
+        Only one, so that a peer that comes and goes sinks.
+        """
+        count = self.failures(peer_id) - 1
+        if count > 0:
+            self._failures[peer_id] = _Failures(count, 0.0, 0.0)
+        else:
+            self._failures.pop(peer_id, None)
+
+    def failures(self, peer_id: str) -> int:
+        """How often a peer has failed us lately, less what it has made good."""
+        failures = self._failures.get(peer_id)
+        return 0 if failures is None else failures.count
 
     def retry_at(self, peer_id: str) -> float:
         """When a peer that failed us may be tried again; 0 if it did not fail us."""

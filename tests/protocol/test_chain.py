@@ -3,8 +3,7 @@ import dataclasses
 import pytest
 from petals.protocol import prefix
 from petals.protocol.chain import (
-    PROBE_TIMEOUT,
-    STALL_TIMEOUT,
+    MAX_CUTS,
     Chain,
     ChainHop,
     ChainState,
@@ -12,9 +11,11 @@ from petals.protocol.chain import (
     Deliver,
     DropHop,
     Effect,
+    HopCut,
     HopLost,
     HopReady,
     HopState,
+    LinkCut,
     LinkFirst,
     OpenHop,
     ProbeHop,
@@ -30,6 +31,7 @@ from petals.protocol.frames import Open, Relink, Resume, State
 from petals.protocol.link import Due
 from petals.protocol.span import Span
 from petals.protocol.tensor import DType, WireTensor
+from petals.protocol.watch import LEAST, Pace
 from support.sessions import HIDDEN_SIZE, SESSION, hidden, letters, output
 
 NUM_BLOCKS = 6
@@ -452,24 +454,33 @@ def test_rows_of_another_shape_or_type_are_the_peers_fault(wrong: WireTensor) ->
 # --- who lives ------------------------------------------------------------------------------------
 
 
+HALF = LEAST / 2
+"""Seconds to a question, and to its answer, where steps take next to nothing."""
+
+
 def stalled() -> Chain:
     """A chain that has waited for a row since second 10, and asks its hops whether they live."""
     chain = running()
     chain.append(1, want_from=0, now=10.0)
-    asked = chain.receive(Ticked(), 10.0 + STALL_TIMEOUT)
+    asked = chain.receive(Ticked(), 10.0 + HALF)
     assert asked == [ProbeHop("a", 1), ProbeHop("b", 1), ProbeHop("c", 1)]
     return chain
 
 
-def alive(chain: Chain, peer_id: str, nonce: int = 1) -> None:
-    assert chain.receive(HopState(peer_id, State(nonce, 1, 1, True)), 31.0) == []
+def states(chain: Chain, now: float, nonce: int, **produced: int) -> list[Effect]:
+    """Hops answer that they have taken the row in, and computed so many of it."""
+    effects: list[Effect] = []
+    for peer_id, rows in produced.items():
+        state = State(nonce, 1, 0, rows, 0, True)
+        effects += chain.receive(HopState(peer_id, state), now)
+    return effects
 
 
 def test_a_ring_that_owes_nothing_has_no_deadline() -> None:
     chain = running()
     assert chain.next_deadline() is None
     chain.append(1, want_from=0, now=10.0)
-    assert chain.next_deadline() == 10.0 + STALL_TIMEOUT
+    assert chain.next_deadline() == 10.0 + HALF
     returned(chain, "A", 0)
     assert chain.next_deadline() is None
 
@@ -482,28 +493,41 @@ def test_a_ring_that_is_not_whole_has_no_deadline() -> None:
     route(chain, "d=2:4", now=12.0)
     assert chain.next_deadline() is None
     chain.receive(HopReady("d"), 13.0)
-    assert chain.next_deadline() == 13.0 + STALL_TIMEOUT
+    assert chain.next_deadline() == 13.0 + HALF
 
 
 def test_rows_that_come_back_put_the_deadline_off() -> None:
     chain = running()
     chain.append(2, want_from=0, now=10.0)
     chain.receive(Returned("c", output("A", 0)), 15.0)
-    assert chain.next_deadline() == 15.0 + STALL_TIMEOUT
+    assert chain.next_deadline() == 15.0 + HALF
+
+
+def test_what_the_hops_announce_of_their_speed_is_waited_for() -> None:
+    chain = make()
+    paced = [
+        ChainHop(Peer(name), span, pace=Pace(1.0, 0.25))
+        for name, span in (("a", Span(0, 2)), ("b", Span(2, 6)))
+    ]
+    chain.receive(Routed(paced), 0.0)
+    for hop in paced:
+        chain.receive(HopReady(hop.peer.peer_id), 0.0)
+    chain.append(5, want_from=4, now=10.0)
+    assert chain.next_deadline() == 10.0 + 3 * (2 * 1.0 + 4 * 2 * 0.25) / 2
 
 
 def test_a_tick_before_the_deadline_does_nothing() -> None:
     chain = running()
     assert chain.receive(Ticked(), 1e9) == []
     chain.append(1, want_from=0, now=10.0)
-    assert chain.receive(Ticked(), 10.0 + STALL_TIMEOUT - 0.1) == []
+    assert chain.receive(Ticked(), 10.0 + HALF - 0.1) == []
 
 
 def test_a_hop_that_does_not_answer_a_probe_is_lost() -> None:
     chain = stalled()
     deadline = chain.next_deadline()
-    assert deadline == 30.0 + PROBE_TIMEOUT
-    alive(chain, "b")
+    assert deadline == 10.0 + LEAST
+    assert states(chain, 11.5, 1, b=1) == []
     assert chain.receive(Ticked(), deadline) == [
         DropHop("a", "did not answer a probe"),
         DropHop("c", "did not answer a probe"),
@@ -511,41 +535,85 @@ def test_a_hop_that_does_not_answer_a_probe_is_lost() -> None:
     assert chain.missing == [Span(0, 2), Span(4, 6)]
 
 
-def test_hops_that_all_answer_are_asked_again_after_another_stall() -> None:
+def test_a_hop_where_nothing_moves_is_lost() -> None:
     chain = stalled()
-    for peer_id in "abc":
-        alive(chain, peer_id)
-    assert chain.receive(Ticked(), 35.0) == []
-    assert chain.next_deadline() == 35.0 + STALL_TIMEOUT
-    assert chain.receive(Ticked(), 55.0) == [ProbeHop("a", 2), ProbeHop("b", 2), ProbeHop("c", 2)]
-
-
-def test_an_answer_to_an_older_probe_does_not_count() -> None:
-    chain = stalled()
-    for peer_id in "abc":
-        alive(chain, peer_id)
-    chain.receive(Ticked(), 35.0)
-    chain.receive(Ticked(), 55.0)
-    alive(chain, "a", nonce=1)
-    alive(chain, "b", nonce=2)
-    alive(chain, "c", nonce=2)
-    assert chain.receive(Ticked(), 60.0) == [DropHop("a", "did not answer a probe")]
-
-
-def test_a_row_that_comes_back_answers_for_the_whole_ring() -> None:
-    chain = running()
-    chain.append(2, want_from=0, now=10.0)
-    chain.receive(Ticked(), 30.0)
-    chain.receive(Returned("c", output("A", 0)), 31.0)
-    assert chain.next_deadline() == 31.0 + STALL_TIMEOUT
+    assert states(chain, 11.5, 1, a=1, b=0, c=0) == []
+    assert chain.receive(Ticked(), 12.5) == [ProbeHop("a", 2), ProbeHop("b", 2), ProbeHop("c", 2)]
+    assert states(chain, 13.0, 2, a=1, b=0, c=0) == []
+    chain.receive(Ticked(), 14.0)
+    assert states(chain, 14.5, 3, a=1, b=0, c=0) == [DropHop("b", "nothing moves there")]
 
 
 def test_a_hop_that_was_replaced_meanwhile_need_not_answer() -> None:
     chain = stalled()
-    chain.receive(HopLost("b", "gone"), 31.0)
-    route(chain, "d=2:4", now=31.0)
-    chain.receive(HopReady("d"), 32.0)
-    assert chain.next_deadline() == 32.0 + STALL_TIMEOUT
+    chain.receive(HopLost("b", "gone"), 11.5)
+    route(chain, "d=2:4", now=11.5)
+    chain.receive(HopReady("d"), 12.0)
+    assert chain.next_deadline() == 12.0 + HALF
+
+
+# --- streams that break ---------------------------------------------------------------------------
+
+
+def test_a_hop_whose_stream_broke_is_opened_again_and_its_predecessor_told() -> None:
+    chain = running()
+    effects = chain.receive(HopCut("b", "reset"), 1.0)
+    again = Open(SESSION, 2, "f00d", Span(2, 4), "a", Peer("c"), 1, (0,), 20, DType.FLOAT16)
+    assert effects == [
+        OpenHop(Peer("b"), again),
+        RelinkHop("a", Relink(2, "me", Peer("b"))),
+    ]
+    assert state_of(chain) is ChainState.OPENING
+    chain.receive(HopReady("b"), 1.0)
+    assert state_of(chain) is ChainState.RUNNING
+    assert (chain.reconnects, chain.recoveries) == (1, 0)
+
+
+def test_the_first_hop_gets_its_link_again_as_well() -> None:
+    chain = running()
+    chain.append(2, want_from=1, now=0.0)
+    chain.receive(Resume(0, 0, 0), 0.0)
+    assert chain.next_due(5) == Due(0, 0, 0, 0, 2)
+    opened, link = chain.receive(HopCut("a", "reset"), 1.0)
+    assert isinstance(opened, OpenHop)
+    assert link == LinkFirst(Peer("a"), 2)
+    assert chain.next_due(5) is None  # until it has said what it holds
+    chain.receive(Resume(1, 1, 0), 1.0)
+    assert chain.next_due(5) == Due(1, 0, 0, 1, 2)
+
+
+def test_a_hop_that_breaks_before_it_is_ready_is_lost() -> None:
+    chain = running()
+    chain.receive(HopCut("b", "reset"), 1.0)
+    assert chain.receive(HopCut("b", "refused"), 1.1) == [DropHop("b", "refused")]
+    assert chain.missing == [Span(2, 4)]
+    assert chain.receive(HopCut("b", "late news"), 1.2) == []
+
+
+def test_a_hop_whose_stream_breaks_again_and_again_is_lost_unless_rows_come_back() -> None:
+    chain = running()
+    chain.append(2, want_from=0, now=0.0)
+
+    def cut(times: int) -> list[Effect]:
+        for _ in range(times):
+            effects = chain.receive(HopCut("c", "reset"), 1.0)
+            chain.receive(HopReady("c"), 1.0)
+        return effects
+
+    assert len(cut(MAX_CUTS)) == 2
+    returned(chain, "A", 0)
+    assert len(cut(MAX_CUTS)) == 2
+    assert cut(1) == [DropHop("c", "reset")]
+
+
+def test_our_own_link_is_dialled_again_a_few_times() -> None:
+    chain = running()
+    for _ in range(MAX_CUTS):
+        assert chain.receive(LinkCut("reset"), 1.0) == [LinkFirst(Peer("a"), 1)]
+    assert chain.receive(LinkCut("reset"), 1.0) == [DropHop("a", "reset")]
+    for name in "bc":
+        chain.receive(HopLost(name, "gone"), 1.0)
+    assert chain.receive(LinkCut("reset"), 1.0) == []
 
 
 # --- the end --------------------------------------------------------------------------------------

@@ -364,7 +364,7 @@ def test_nothing_follows_the_last_tensor() -> None:
 
 def test_a_field_that_is_missing_or_wrong_is_named() -> None:
     assert refused(packed({"kind": "probe"})).startswith("probe.nonce must be an integer from 0 to")
-    assert decode(packed({"kind": "state", "nonce": 1, "position": 2, "produced": 2, "successor_linked": False})) == State(1, 2, 2, False)  # fmt: skip
+    assert decode(packed({"kind": "state", "nonce": 1, "position": 2, "rewind": 0, "produced": 2, "produced_rewind": 0, "successor_linked": False, "passes": 3})) == State(1, 2, 0, 2, 0, False, 3)  # fmt: skip
 
 
 def test_a_decoder_that_has_raised_raises_or_decodes_but_does_not_break() -> None:

@@ -32,7 +32,7 @@ EXAMPLES: list[Frame] = [
     Refused(ErrorCode.BUSY, "full", 2.5),
     Resume(1, 2, 3),
     Relink(2, "before", None),
-    State(1, 4, 3, True),
+    State(1, 4, 0, 3, 0, True),
     Failed(ErrorCode.COMPUTE, "out of memory", "after"),
     Close("done"),
     Description(b"signed", {"sessions": 2.0}),

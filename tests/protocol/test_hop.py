@@ -346,9 +346,9 @@ def test_a_probe_is_answered_with_where_the_hop_is() -> None:
     granted(hop)
     run(hop, step("abc"))
     hop.receive(step("d", 3, sequence=1), 0.0)
-    assert hop.receive(Probe(7), 0.0) == [Reply(State(7, 4, 3, True))]
+    assert hop.receive(Probe(7), 0.0) == [Reply(State(7, 4, 0, 3, 0, True))]
     hop.receive(SuccessorLost(), 0.0)
-    assert hop.receive(Probe(8), 0.0) == [Reply(State(8, 4, 3, False))]
+    assert hop.receive(Probe(8), 0.0) == [Reply(State(8, 4, 0, 3, 0, False))]
 
 
 def test_a_session_that_nobody_uses_has_a_deadline() -> None:

@@ -68,6 +68,21 @@ def test_a_busy_peer_is_left_to_others() -> None:
     assert plan([busy, idle]).hops[0].peer_id == peer_id(2)
 
 
+def test_a_peer_that_has_failed_us_ranks_below_one_that_is_somewhat_slower() -> None:
+    flapping, steady = announce(1, MODEL), announce(2, MODEL, decode_speed=70.0)
+    assert plan([flapping, steady]).hops[0].peer_id == peer_id(1)
+    route = plan([flapping, steady], failures={peer_id(1): 1, peer_id(2): 0}.__getitem__)
+    assert route.hops[0].peer_id == peer_id(2)
+
+
+def test_a_hop_comes_with_the_speed_that_it_has_announced() -> None:
+    peers = [announce(1, Span(0, 2), prefill_speed=400.0), announce(2, Span(2, 8))]
+    first, second = plan(peers).hops
+    assert first.pace.step == pytest.approx(DEFAULT_LATENCY + 2 / 100)
+    assert first.pace.row == pytest.approx(2 / 400)
+    assert second.pace.step == pytest.approx(DEFAULT_LATENCY + 6 / 100)
+
+
 def test_an_unmeasured_peer_is_taken_for_a_slow_one() -> None:
     assert block_seconds(announce(1, MODEL, decode_speed=0.0)) == pytest.approx(0.01)
 

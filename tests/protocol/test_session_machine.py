@@ -116,6 +116,18 @@ class Ring(RuleBasedStateMachine):
         self.world.reopen(data.draw(st.sampled_from(sorted(self.world.relays))))
 
     @rule(data=st.data())
+    def cut_control(self, data: st.DataObject) -> None:
+        self.world.cut_control(data.draw(st.sampled_from(sorted(self.world.relays))))
+
+    @rule(data=st.data())
+    def restart(self, data: st.DataObject) -> None:
+        self.world.restart(data.draw(st.sampled_from(sorted(self.world.relays))))
+
+    @rule()
+    def cut_own_link(self) -> None:
+        self.world.cut_own_link()
+
+    @rule(data=st.data())
     def replace_several(self, data: st.DataObject) -> None:
         relays = sorted(self.world.relays)
         for dead in data.draw(st.lists(st.sampled_from(relays), min_size=1, unique=True)):

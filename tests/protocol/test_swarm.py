@@ -92,10 +92,47 @@ def test_a_failing_peer_is_avoided_twice_as_long_each_time(swarm: Swarm) -> None
     assert swarm.retry_at(peer_id(1)) == NOW + 300
     assert ids(swarm, NOW + 299.9) == []
     assert ids(swarm, NOW + 300) == [peer_id(1)]
+    assert swarm.failures(peer_id(1)) == 12
+
+
+def test_a_peer_that_comes_and_goes_sinks(swarm: Swarm) -> None:
+    swarm.update(announce(1, SPAN), NOW)
+    for _ in range(3):
+        swarm.failed(peer_id(1), NOW)
     swarm.succeeded(peer_id(1))
     assert ids(swarm) == [peer_id(1)]
+    assert swarm.failures(peer_id(1)) == 2
+    assert swarm.failed(peer_id(1), NOW) == NOW + 4
+    for _ in range(4):
+        swarm.succeeded(peer_id(1))
+    assert swarm.failures(peer_id(1)) == 0
     assert swarm.failed(peer_id(1), NOW) == NOW + 1
-    swarm.succeeded(peer_id(2))
+
+
+def test_a_peer_that_failed_is_tried_sooner_where_there_is_nobody_else(swarm: Swarm) -> None:
+    swarm.update(announce(1, SPAN), NOW)
+    for _ in range(5):
+        swarm.failed(peer_id(1), NOW)
+
+    def usable(after: float, *, urgent: bool) -> bool:
+        found = swarm.candidates(NOW + after, MODEL, urgent=urgent)
+        return bool(found) and swarm.usable(peer_id(1), NOW + after, urgent=urgent)
+
+    assert not usable(module.URGENT_BACKOFF - 0.1, urgent=True)
+    assert usable(module.URGENT_BACKOFF, urgent=True)
+    assert not usable(15.9, urgent=False)
+    assert usable(16.0, urgent=False)
+    swarm.ban(peer_id(1))
+    assert not usable(16.0, urgent=True)
+
+
+def test_a_peer_without_room_is_asked_again_when_it_said(swarm: Swarm) -> None:
+    swarm.update(announce(1, SPAN), NOW)
+    swarm.refused(peer_id(1), NOW, 7.0)
+    assert ids(swarm, NOW + 6.9) == []
+    assert not swarm.usable(peer_id(1), NOW + 6.9, urgent=True)
+    assert ids(swarm, NOW + 7.0) == [peer_id(1)]
+    assert swarm.failures(peer_id(1)) == 0
 
 
 def test_a_peer_left_in_peace_long_enough_starts_anew(swarm: Swarm) -> None:

@@ -19,6 +19,7 @@ from petals.protocol.chain import (
     Closed,
     Deliver,
     DropHop,
+    HopCut,
     HopLost,
     HopReady,
     HopState,
@@ -32,6 +33,7 @@ from petals.protocol.chain import (
     Ticked,
 )
 from petals.protocol.chain import Effect as ChainEffect
+from petals.protocol.chain import Event as ChainEvent
 from petals.protocol.checks import Peer
 from petals.protocol.codec import FrameDecoder, encode
 from petals.protocol.frames import (
@@ -53,6 +55,7 @@ from petals.protocol.hop import (
     DialSuccessor,
     Hop,
     Linked,
+    Reopened,
     SuccessorLost,
     Welcome,
     offered_keys,
@@ -146,6 +149,7 @@ class Conversation:
         self._broken: set[str] = set()
         """Whose link onward cannot be opened at the moment."""
         self._silent: set[str] = set()
+        self._stalled: set[str] = set()
         """Who neither computes nor says anything any more."""
         terms = SessionTerms(
             session=SESSION,
@@ -168,8 +172,11 @@ class Conversation:
             "run": self._run,
             "lose": self._lose,
             "break": self._break,
+            "cut": self._cut,
+            "restart": self._restart,
             "mend": self._broken.remove,
             "hang": self._silent.add,
+            "stall": self._stalled.add,
             "wait": self._wait,
             "show": self._show,
             "close": self._close,
@@ -213,6 +220,15 @@ class Conversation:
         self._broken.add(sender)
         del self._links[sender]
         self._tell(sender, SuccessorLost())
+
+    def _cut(self, peer_id: str) -> None:
+        """``cut A``: the originator's stream to A breaks; A lives."""
+        self._receive(HopCut(peer_id, "reset"))
+
+    def _restart(self, peer_id: str) -> None:
+        """``restart A``: A is there again, with nothing of what it held."""
+        self._drop(peer_id)
+        self._receive(HopCut(peer_id, "reset"))
 
     def _wait(self, seconds: str) -> None:
         """``wait 20``: seconds pass, and the deadline if it is due."""
@@ -264,7 +280,7 @@ class Conversation:
 
     def _compute(self) -> bool:
         for name, relay in self._working():
-            if relay.to_compute:
+            if relay.to_compute and name not in self._stalled:
                 compute = relay.to_compute.popleft()
                 step, blocks = compute.step, len(relay.hop.opened.span)
                 rows = "".join(chr(ord(row) + blocks) for row in letters(step.hidden))
@@ -323,7 +339,7 @@ class Conversation:
 
     def _receive(
         self,
-        event: Routed | HopReady | HopLost | HopState | Returned | Resume | Ticked | Closed,
+        event: ChainEvent,
     ) -> None:
         for effect in self._chain.receive(event, self._now):
             self._perform(effect)
@@ -332,6 +348,11 @@ class Conversation:
         match effect:
             case OpenHop(peer, frame):
                 opened = self._carry(ME, peer.peer_id, frame)
+                if peer.peer_id in self._relays:
+                    self._tell(peer.peer_id, Reopened(opened))
+                    self._carry(peer.peer_id, ME, Ready(opened.epoch, 1000))
+                    self._receive(HopReady(peer.peer_id))
+                    return
                 kept = [
                     self._stores[peer.peer_id][key]
                     for key in offered_keys(opened)

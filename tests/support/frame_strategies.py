@@ -78,7 +78,9 @@ FRAME_STRATEGIES: dict[str, st.SearchStrategy[Frame]] = {
     "output": st.builds(Output, counters, positions, tensors()),
     "relink": st.builds(Relink, counters, peer_ids, st.none() | peers),
     "probe": st.builds(Probe, counters),
-    "state": st.builds(State, counters, positions, positions, st.booleans()),
+    "state": st.builds(
+        State, counters, positions, counters, positions, counters, st.booleans(), counters
+    ),
     "failed": st.builds(Failed, codes, reasons, st.none() | peer_ids),
     "close": st.builds(Close, reasons),
     "describe": st.builds(Describe),

@@ -18,8 +18,10 @@ from petals.protocol.chain import (
     Closed,
     Deliver,
     DropHop,
+    HopCut,
     HopLost,
     HopReady,
+    LinkCut,
     LinkFirst,
     OpenHop,
     RelinkHop,
@@ -36,10 +38,12 @@ from petals.protocol.hop import (
     DialSuccessor,
     Hop,
     Linked,
+    Reopened,
     Reply,
     SuccessorLost,
     Welcome,
     offered_keys,
+    same_session,
 )
 from petals.protocol.hop import Event as HopEvent
 from petals.protocol.prefix import HashedInputs
@@ -190,6 +194,30 @@ class RingWorld:
         self.given_up.update(senders)
         self.route([span], peer_id)
 
+    def cut_control(self, peer_id: str) -> None:
+        """The originator's stream to a hop breaks, and what the hop was sending on it is lost."""
+        self.relays[peer_id].hop.next_outgoing(2)
+        self._reconnect(HopCut(peer_id, "reset"), peer_id)
+
+    def restart(self, peer_id: str) -> None:
+        """A hop comes back under its name, with nothing of what it held."""
+        del self.relays[peer_id]
+        self.wires.pop(peer_id, None)
+        for wire in list(self.wires.values()):
+            if wire.receiver == peer_id:
+                self.cut(wire.sender)
+        self._reconnect(HopCut(peer_id, "reset"), peer_id)
+
+    def cut_own_link(self) -> None:
+        """The originator's link to the first hop breaks; old steps may still arrive later."""
+        self._reconnect(LinkCut("reset"), self.chain.hops[0].peer.peer_id)
+
+    def _reconnect(self, event: HopCut | LinkCut, peer_id: str) -> None:
+        self._apply(self.chain.receive(event, self.now))
+        for missing in self.chain.missing:  # it has happened too often
+            self.route([missing])
+        self._apply(self.chain.receive(HopReady(peer_id), self.now))
+
     def append(self, count: int, want: int, branch: int = 0) -> None:
         """The text goes on; on the same branch with the same tokens as in any other session."""
         start = len(self.tokens)
@@ -212,7 +240,7 @@ class RingWorld:
             elif isinstance(effect, RelinkHop):
                 self._tell(effect.peer_id, effect.frame)
             elif isinstance(effect, DropHop):
-                del self.relays[effect.peer_id]
+                self.relays.pop(effect.peer_id, None)  # a restarted one is gone already
                 self.wires.pop(effect.peer_id, None)
                 for wire in list(self.wires.values()):
                     if wire.receiver == effect.peer_id:
@@ -226,6 +254,10 @@ class RingWorld:
                     self.delivered[at] = row
 
     def _open(self, peer_id: str, opened: Open) -> None:
+        held = self.relays.get(peer_id)
+        if held is not None and same_session(held.hop.opened, opened):
+            self._tell(peer_id, Reopened(opened))
+            return
         cache, outputs = Cache(opened.span), list[bytes]()
         for key in reversed(offered_keys(opened)):
             if (kept := self.stores[peer_id].get(key)) is not None:
@@ -301,7 +333,7 @@ class RingWorld:
     def cut(self, sender: str) -> None:
         """The link breaks; old steps may still arrive later, the sender does not know how far."""
         if sender == ME:
-            return  # the shell treats the loss of this link as the loss of the hop
+            return  # see ``cut_own_link``
         wire = self.wires[sender]
         wire.back.clear()
         self._tell(sender, SuccessorLost())

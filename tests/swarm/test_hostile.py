@@ -421,7 +421,10 @@ async def test_a_step_out_of_order_is_answered_with_where_the_hop_is(attack: Att
         assert resume == Resume(link=1, position=0, rewind=0)
         await control.send(said(Probe(7)))
         state = await control.frame()
-        assert state == State(nonce=7, position=0, produced=0, successor_linked=False)
+        assert isinstance(state, State)
+        assert dataclasses.replace(state, passes=0) == State(
+            nonce=7, position=0, rewind=0, produced=0, produced_rewind=0, successor_linked=False
+        )
         await link.send(said(attack.step(rows=2, link=1)))
         output = await control.frame()
         assert isinstance(output, Output)
