@@ -360,6 +360,15 @@ def status_command(
     )
 
 
+@app.command("drain")
+def drain_command(*, data_dir: DataDirOption = None, debug: DebugOption = False) -> int:
+    """Let the node that runs here hand its sessions over to others, and leave the swarm."""
+    del debug
+    from . import drain
+
+    return drain.drain(data_dir)
+
+
 @app.command("demo")
 def demo_command(
     *,

@@ -11,6 +11,7 @@ import trio
 from ...protocol.span import Span
 from ..config import NodeConfig
 from . import arguments, failures, leaving
+from .running import running_in
 
 if TYPE_CHECKING:
     from ..node import Node
@@ -45,7 +46,8 @@ def serve(config: NodeConfig, *, json_lines: bool, exit_with_stdin: bool) -> int
         leaving.leave_when_stdin_ends()
     report = _report_json if json_lines else _report_in_words
     try:
-        trio.run(_serve, config, report)
+        with running_in(config.data_dir):
+            trio.run(_serve, config, report)
     except* leaving.Leaving:
         report({"event": "leaving"})
     return failures.OK

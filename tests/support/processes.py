@@ -170,6 +170,8 @@ class ServingNode(CommandProcess):
 
     def __init__(self, folder: Path, *options: str) -> None:
         super().__init__("run", "--json", "--listen", LOOPBACK, "--data-dir", str(folder), *options)
+        self.folder = folder
+        """Its data directory."""
         self.peer_id = ""
         self.multiaddr = ""
         self.model: str | None = None

@@ -1,4 +1,4 @@
-"""Hops that die under a session, originators that die, and sessions that go back."""
+"""Blocks that nobody serves for a while, originators that die, and sessions that go back."""
 
 import signal
 from collections.abc import Iterator
@@ -8,7 +8,6 @@ import trio
 from petals.inference.sampling_params import SamplingParams
 from petals.node.originate import GenerationHandle, Session
 from support.processes import (
-    LEAVE_DEADLINE,
     ProcessSwarm,
     figures_until,
     idle,
@@ -38,29 +37,6 @@ async def started(handle: GenerationHandle, tokens: int) -> None:
         if handle.status().tokens >= tokens:
             return
     raise AssertionError(f"it ended after {handle.status().tokens} tokens")
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
-async def test_a_middle_hop_ends_while_tokens_go_through_it(
-    random_bloom: ReferenceModel, processes: ProcessSwarm, number: signal.Signals
-) -> None:
-    """Killed or told to leave: the text goes on through the other one, and is what it was to be."""
-    async with originating(processes, random_bloom.name) as node:
-        handle = await node.submit(PROMPT, PARAMS)
-        await started(handle, 10)
-        middle = processes.node(handle.status().route[1].peer_id)
-        middle.send_signal(number)
-        code = await trio.to_thread.run_sync(middle.wait, LEAVE_DEADLINE)
-        assert code == (-signal.SIGKILL if number is signal.SIGKILL else 0)
-        result = await handle.result()
-
-        assert [list(result.token_ids)] == random_bloom.generate((PROMPT,), PARAMS)
-        assert result.recoveries >= 1
-        assert middle.peer_id not in [hop.peer_id for hop in result.route]
-        processes.nodes.remove(middle)
-        for left in processes.nodes:
-            await figures_until(node, left, idle)
-        await trio.to_thread.run_sync(processes.serve, random_bloom.name, MIDDLE)
 
 
 async def test_all_hops_of_the_middle_are_gone_until_one_comes(
