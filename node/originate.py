@@ -27,8 +27,9 @@ from ..protocol.frames import Hello
 from ..protocol.routing import RouteHop
 from ..protocol.swarm import Swarm
 from ..protocol.tensor import DType, WireTensor
+from .gaps import Router
 from .network import Network
-from .ring import Ring, Router, new_session_id, open_ring
+from .ring import Ring, new_session_id, open_ring
 from .wakeup import Signal
 
 T = TypeVar("T")

@@ -22,6 +22,7 @@ from functools import partial
 import trio
 
 from ..inference.engine import Engine, Priority
+from ..protocol.admission import Admission, AdmissionLimits, NotAdmitted, Ticket
 from ..protocol.checks import Peer
 from ..protocol.codec import max_rows
 from ..protocol.errors import (
@@ -91,8 +92,6 @@ LINK_ATTEMPTS = 4
 LINK_RETRY_DELAY = 0.25
 """Seconds before a broken link to the successor is dialled again; doubles each time."""
 LAST_WORD_TIMEOUT = 1.0
-MAX_SESSIONS = 1024
-"""Sessions at one node, whatever the cache would hold: each costs tasks and two streams."""
 
 
 class RelayedSession:
@@ -103,6 +102,7 @@ class RelayedSession:
         opened: Open,
         control: FrameStream,
         hop: Hop,
+        ticket: Ticket,
         submit: Callable[["RelayedSession", Compute], None],
     ) -> None:
         self.opened = opened
@@ -113,6 +113,7 @@ class RelayedSession:
         """Set when another stream has taken the place of ``control``."""
         self.lingering_since: float | None = None
         self.hop = hop
+        self.ticket = ticket
         self._submit = submit
         self.changed = Signal()
         """There may be something to send, or room for steps."""
@@ -145,6 +146,7 @@ class RelayedSession:
                 replies.append(effect)
             elif isinstance(effect, Compute):
                 self.steps.append(effect)
+                self.ticket.took_in(len(effect.step.hidden.data))
                 self._submit(self, effect)
             elif isinstance(effect, DialSuccessor):
                 self.successor_scope.cancel()
@@ -180,6 +182,7 @@ class Relay:
         span: Span,
         hidden_size: int,
         hello: Hello,
+        limits: AdmissionLimits,
         on_load_change: Callable[[], None],
     ) -> None:
         self._network = network
@@ -189,10 +192,19 @@ class Relay:
         self._hidden_size = hidden_size
         self._hello = hello
         self._on_load_change = on_load_change
+        self._admission = Admission(
+            limits,
+            own_peer_id=network.peer_id,
+            cache_tokens=engine.statistics().cache_tokens_total,
+        )
+        self.refusals: collections.Counter[ErrorCode] = collections.Counter()
+        """How often sessions and links were refused, and why."""
         self._sessions: dict[bytes, RelayedSession] = {}
         self._opening: set[bytes] = set()
         """Sessions whose prefix is being restored."""
         self._changed = Signal()
+        self._drained = Signal()
+        """Somebody's backlog has become shorter."""
         self._leaving = False
 
     @property
@@ -214,14 +226,18 @@ class Relay:
             elif first is not None:
                 raise RemoteProtocolError(f"a session begins with open or link, not {first.KIND}")
         except Refusal as refusal:
-            await _say(frames, refused(refusal.code, str(refusal)))
-        except CacheFull as full:
-            await _say(frames, refused(ErrorCode.BUSY, str(full), full.retry_after))
+            await self._refuse(frames, refused(refusal.code, str(refusal)))
+        except (CacheFull, NotAdmitted) as full:
+            await self._refuse(frames, refused(ErrorCode.BUSY, str(full), full.retry_after))
         except RemoteProtocolError as error:
             logger.warning("peer %s broke the protocol: %s", frames.peer_id, error)
             await _say(frames, failed(ErrorCode.PROTOCOL, str(error)))
         except PeerError as error:
             logger.debug("stream of %s ended: %s", frames.peer_id, error)
+
+    async def _refuse(self, frames: FrameStream, frame: Refused) -> None:
+        self.refusals[frame.code] += 1
+        await _say(frames, frame)
 
     async def leave(self, patience: float) -> None:
         """Refuse new sessions, and hand over each running one when no step of it is under way.
@@ -256,10 +272,10 @@ class Relay:
             return
         if opened.session in self._opening:
             raise Refusal(ErrorCode.BAD_REQUEST, "a session of this id is being opened already")
-        await self._reserve(opened, control.peer_id)
-        restored = await self._restore(opened)
+        ticket = await self._reserve(opened, control.peer_id)
+        restored = await self._restore(opened, ticket)
         hop = Hop(opened, hidden_size=self._hidden_size, now=trio.current_time(), restored=restored)
-        await self._run_session(RelayedSession(opened, control, hop, self._submit), rows)
+        await self._run_session(RelayedSession(opened, control, hop, ticket, self._submit), rows)
 
     async def _find(self, opened: Open, peer_id: str) -> RelayedSession | None:
         """The session that an originator opens again; one on other terms has to go first."""
@@ -288,34 +304,50 @@ class Relay:
             nursery.start_soon(watch, taken)
             nursery.start_soon(watch, session.closed)
 
-    async def _reserve(self, opened: Open, peer_id: str) -> None:
+    async def _reserve(self, opened: Open, peer_id: str) -> Ticket:
         """Open the session at the engine; those that linger give way, the oldest first."""
         while True:
             try:
-                if len(self._sessions) + len(self._opening) >= MAX_SESSIONS:
-                    raise CacheFull(
-                        f"this node has {MAX_SESSIONS} sessions already", retry_after=5.0
-                    )
-                self._engine.open(
-                    opened.session,
-                    batch=opened.batch,
-                    max_tokens=opened.max_tokens,
-                    padding=opened.padding,
-                    originator=peer_id,
-                    priority=Priority.OWN if peer_id == self._network.peer_id else Priority.NORMAL,
-                    prefixes=shares_prefixes(opened),
+                ticket = self._admission.admit(
+                    peer_id, cache_tokens=opened.batch * opened.max_tokens
                 )
-            except CacheFull:
-                lingering = [s for s in self._sessions.values() if s.lingering_since is not None]
-                if not lingering:
+                try:
+                    self._engine.open(
+                        opened.session,
+                        batch=opened.batch,
+                        max_tokens=opened.max_tokens,
+                        padding=opened.padding,
+                        originator=peer_id,
+                        priority=(
+                            Priority.OWN if peer_id == self._network.peer_id else Priority.NORMAL
+                        ),
+                        prefixes=shares_prefixes(opened),
+                    )
+                except BaseException:
+                    ticket.release()
+                    raise
+                return ticket
+            except (CacheFull, NotAdmitted) as full:
+                whose = full.peer_id if isinstance(full, NotAdmitted) else None
+                lingering = [
+                    session
+                    for session in self._sessions.values()
+                    if session.lingering_since is not None
+                    and whose in (None, session.control.peer_id)
+                ]
+                if not lingering or full.retry_after is None:
                     raise
                 oldest = min(lingering, key=lambda session: session.lingering_since or 0.0)
                 oldest.scope.cancel()
                 await oldest.closed.wait()
-            else:
-                return
 
-    async def _restore(self, opened: Open) -> WireTensor | None:
+    def _free(self, session_id: bytes, ticket: Ticket) -> None:
+        """Give back what ``_reserve`` has taken."""
+        self._engine.close(session_id)
+        ticket.release()
+        self._drained.notify()
+
+    async def _restore(self, opened: Open, ticket: Ticket) -> WireTensor | None:
         """What we hold already of the prefix that was offered: outputs [1, rows, hidden_size]."""
         if not opened.prefix:
             return None
@@ -329,7 +361,7 @@ class Relay:
         try:
             return (await wait_future(restoring)).outputs
         except BaseException:
-            self._engine.close(opened.session)
+            self._free(opened.session, ticket)
             raise
         finally:
             self._opening.remove(opened.session)
@@ -351,7 +383,9 @@ class Relay:
             session.ending = failed(ErrorCode.PROTOCOL, str(error))
         finally:
             session.link_scope.cancel()
-            self._engine.close(opened.session)  # before ``closed``: the id may be opened again then
+            self._free(
+                opened.session, session.ticket
+            )  # before ``closed``: the id may be used again
             del self._sessions[opened.session]
             if session.ending is not None:
                 await _say(session.control, session.ending)
@@ -429,6 +463,10 @@ class Relay:
             session.end(failed(ErrorCode.COMPUTE, str(error), blamed))
             return
         session.steps.popleft()
+        backlogged = session.ticket.backlogged
+        session.ticket.computed(len(compute.step.hidden.data))
+        if backlogged:
+            self._drained.notify()
         try:
             session.receive(Computed(compute.step, hidden, compute.labels))
         except Exception as error:  # noqa: BLE001 - raised here it would end the whole program
@@ -541,6 +579,8 @@ class Relay:
         while True:
             while len(session.steps) >= QUEUED_STEPS:
                 await session.changed.wait()
+            while session.ticket.backlogged:
+                await self._drained.wait()
             frame = await stream.receive()
             if frame is None:
                 return

@@ -3,9 +3,6 @@
 One task per hop holds its control stream, one holds the link to the first hop, one plans routes for
 missing blocks, one watches the clock. All of them are children of the session's nursery and end
 with it; the chain decides, they carry out.
-
-What a peer did is remembered for the next session, too: who fails is avoided for a while, who has no
-room for as long as it said, and who sends what cannot be is never used again.
 """
 
 import collections
@@ -14,7 +11,6 @@ import logging
 import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Protocol
 
 import trio
 
@@ -64,7 +60,9 @@ from ..protocol.routing import RouteHop
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
 from ..protocol.tensor import WireTensor
+from .blame import Blame, LastWord
 from .frame_stream import FrameStream, open_frame_stream
+from .gaps import Gaps, Router
 from .network import Network
 from .relay import STEP_ROWS
 from .wakeup import Signal, open_flat_nursery
@@ -78,43 +76,12 @@ DIAL_TIMEOUT = 8.0
 ROUND_TRIPS = 10
 """What is added to both where the way is long."""
 CLOSE_TIMEOUT = 1.0
-LEAVING_PAUSE = 10.0
-"""Seconds for which a peer that says that it leaves is not asked again; it may come back."""
 ROUTE_RETRY_DELAY = 0.5
 """Seconds before a route is looked for again when nobody serves some blocks."""
 
 
-class Router(Protocol):
-    """Finds peers for missing blocks."""
-
-    async def route(
-        self,
-        span: Span,
-        *,
-        cache_tokens: int,
-        exclude: frozenset[str],
-        source: str | None,
-        sink: str | None,
-        fresh: bool,
-    ) -> Sequence[RouteHop]:
-        """Hops for ``span`` in order. Raises NoRoute.
-
-        ``source`` and ``sink`` are the peers before and behind it, None for the originator.
-        ``fresh``: ask the swarm again first, what is known was not enough.
-        """
-        ...
-
-
 EmbedRows = Callable[[int, int], Awaitable[WireTensor]]
 """From ``start, stop`` to the embeddings [batch, stop - start, hidden_size] of those positions."""
-
-
-class LastWord(PeerError):
-    """A hop has said why it does not take part, or not any more."""
-
-    def __init__(self, frame: Failed | Refused, peer_id: str) -> None:
-        super().__init__(frame.reason, code=frame.code, peer_id=peer_id)
-        self.retry_after = frame.retry_after if isinstance(frame, Refused) else None
 
 
 class Ring:
@@ -138,11 +105,10 @@ class Ring:
     ) -> None:
         self._terms = terms
         self._network = network
-        self._router = router
-        self._swarm = swarm
+        self._gaps = Gaps(router, terms)
+        self._blame = Blame(swarm, clock)
         self._hello = hello
         self._embed = embed
-        self._clock = clock
         self._patience = patience
         self._nursery = nursery
         self._max_rows = min(STEP_ROWS, max_rows(terms.batch, terms.hidden_size, terms.wire_dtype))
@@ -264,7 +230,7 @@ class Ring:
                 self._outboxes[effect.peer_id].append(Probe(effect.nonce))
             elif isinstance(effect, DropHop):
                 if isinstance(event, HopCut | LinkCut | HopState | Ticked):
-                    self._swarm.failed(effect.peer_id, self._clock())
+                    self._blame.failed(effect.peer_id)
                 self._drop_hop(effect)
             elif isinstance(effect, LinkFirst):
                 self._link_scope.cancel()
@@ -305,7 +271,7 @@ class Ring:
                 await self._converse(peer, outbox, mine)
         except (LastWord, RemoteProtocolError) as error:
             if mine():
-                self._judge(peer.peer_id, error)
+                self._blame.judge(peer.peer_id, error)
             event = HopLost(peer.peer_id, str(error))
         except PeerError as error:
             event = HopCut(peer.peer_id, str(error))
@@ -315,19 +281,6 @@ class Ring:
         if mine():
             logger.info("hop %s: %s", peer.peer_id, event.reason)
             self._receive(event)
-
-    def _judge(self, peer_id: str, error: PeerError | RemoteProtocolError) -> None:
-        """Remember what a peer has done to this session."""
-        now = self._clock()
-        if isinstance(error, RemoteProtocolError):
-            logger.warning("peer %s is not used again: %s", peer_id, error)
-            self._swarm.ban(peer_id)
-        elif isinstance(error, LastWord) and error.retry_after is not None:
-            self._swarm.refused(peer_id, now, error.retry_after)
-        elif error.code is ErrorCode.LEAVING:
-            self._swarm.refused(peer_id, now, LEAVING_PAUSE)
-        else:
-            self._swarm.failed(peer_id, now)
 
     async def _converse(
         self, peer: Peer, outbox: collections.deque[Frame], mine: Callable[[], bool]
@@ -384,18 +337,18 @@ class Ring:
             elif isinstance(frame, State):
                 self._receive(HopState(peer.peer_id, frame))
             elif isinstance(frame, Failed) and frame.peer_id not in (None, peer.peer_id):
-                self._blame(frame)
+                self._replace_blamed(frame)
             elif isinstance(frame, Failed | Refused):
                 raise LastWord(frame, peer.peer_id)
             else:
                 said = "closed the session" if frame is None else f"sent {frame.KIND}"
                 raise PeerError(said, peer_id=peer.peer_id)
 
-    def _blame(self, frame: Failed) -> None:
+    def _replace_blamed(self, frame: Failed) -> None:
         """A hop says that its neighbour is at fault; if that is one of ours, replace it."""
         if frame.peer_id in self._outboxes:
             logger.info("hop %s blamed: %s", frame.peer_id, frame.reason)
-            self._swarm.failed(frame.peer_id, self._clock())
+            self._blame.failed(frame.peer_id)
             self._receive(HopLost(frame.peer_id, frame.reason))
 
     # --- our own link to the first hop --------------------------------------------------------
@@ -416,7 +369,7 @@ class Ring:
                 finally:
                     await stream.close()
             except (LastWord, RemoteProtocolError) as error:
-                self._judge(peer.peer_id, error)
+                self._blame.judge(peer.peer_id, error)
                 event: HopLost | LinkCut = HopLost(peer.peer_id, f"link: {error}")
             except PeerError as error:
                 event = LinkCut(f"link: {error}")
@@ -497,35 +450,15 @@ class Ring:
 
     async def _plan(self, missing: Sequence[Span], *, fresh: bool) -> list[ChainHop]:
         """Hops for the gaps; or, when only peers of the chain could fill them, a whole new chain."""
-        used = frozenset(hop.peer.peer_id for hop in self._chain.hops)
+        kept = self._chain.hops
         try:
-            return await self._fill(missing, used, fresh=fresh)
+            return await self._gaps.fill(missing, kept, fresh=fresh)
         except NoRoute:
-            if not used or not fresh:
+            if not kept or not fresh:
                 raise
-        hops = await self._fill([Span(0, self._terms.num_blocks)], frozenset(), fresh=False)
-        for peer_id in used:
-            self._receive(HopLost(peer_id, "the session takes another route"))
-        return hops
-
-    async def _fill(
-        self, missing: Sequence[Span], used: frozenset[str], *, fresh: bool
-    ) -> list[ChainHop]:
-        hops: list[ChainHop] = []
-        kept = [hop for hop in self._chain.hops if hop.peer.peer_id in used]
-        for gap in missing:
-            route = await self._router.route(
-                gap,
-                cache_tokens=self._terms.batch * self._terms.max_tokens,
-                exclude=used | {hop.peer.peer_id for hop in hops},
-                source=next((h.peer.peer_id for h in kept if h.span.end == gap.start), None),
-                sink=next((h.peer.peer_id for h in kept if h.span.start == gap.end), None),
-                fresh=fresh,
-            )
-            hops += [
-                ChainHop(Peer(hop.peer_id, hop.multiaddrs), hop.span, pace=hop.pace)
-                for hop in route
-            ]
+        hops = await self._gaps.fill([Span(0, self._terms.num_blocks)], (), fresh=False)
+        for hop in kept:
+            self._receive(HopLost(hop.peer.peer_id, "the session takes another route"))
         return hops
 
     async def watch_clock(self) -> None:
@@ -545,7 +478,7 @@ class Ring:
         """Tell every hop that the session is over; bounded in time, also while being cancelled."""
         for hop in self._chain.hops:
             if hop.ready:
-                self._swarm.succeeded(hop.peer.peer_id)
+                self._blame.served(hop.peer.peer_id)
         self._receive(Closed("the session is over"))
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             while self._conversing:

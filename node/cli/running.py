@@ -33,14 +33,13 @@ def running_in(data_dir: Path) -> Iterator[None]:
             os.ftruncate(file, 0)
 
 
-def running_process(data_dir: Path) -> int:
-    """The process of the node that runs in ``data_dir``. Raises ConfigError if there is none."""
-    none = ConfigError(
-        f"data_dir: no node runs in {data_dir}; name the data directory that it was started with "
-        "(--data-dir)"
-    )
+def running_process(data_dir: Path) -> int | None:
+    """The process of the node that runs in ``data_dir``, if there is one.
+
+    Raises ConfigError if that cannot be told.
+    """
     if not (data_dir / PID_FILE).exists():
-        raise none
+        return None
     with _opened(data_dir, os.O_RDWR) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,7 +48,7 @@ def running_process(data_dir: Path) -> int:
             if text.isdecimal():
                 return int(text)
             raise ConfigError(f"data_dir: the node in {data_dir} is just starting") from None
-        raise none
+        return None
 
 
 @contextlib.contextmanager

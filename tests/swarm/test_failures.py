@@ -73,6 +73,10 @@ class Sessions:
         """The processes on the route of the first session."""
         return [self.processes.node(hop.peer_id) for hop in self.handles[0].status().route]
 
+    async def until_recovered(self, times: int = 1) -> None:
+        """Until every session's route was mended so often."""
+        await self.until(lambda handle: handle.status().recoveries >= times)
+
     async def until(self, condition: Callable[[GenerationHandle], bool]) -> None:
         """Until it holds for every session."""
         for handle in self.handles:
@@ -142,7 +146,7 @@ async def test_each_hop_in_turn_is_killed_while_tokens_go_through_it(
     async with running_sessions(random_bloom, processes) as sessions:
         for number, hop in enumerate(sessions.hops, start=1):
             kill(hop)
-            await sessions.until(lambda handle, number=number: handle.status().recoveries >= number)
+            await sessions.until_recovered(number)
 
 
 @pytest.mark.parametrize("positions", [(1, 2), (0, 2), (0, 1, 2)], ids=str)
@@ -153,7 +157,7 @@ async def test_several_hops_are_killed_at_once(
     async with running_sessions(random_bloom, processes) as sessions:
         hops = sessions.hops
         kill(*(hops[position] for position in positions))
-        await sessions.until(lambda handle: handle.status().recoveries >= 1)
+        await sessions.until_recovered()
 
 
 async def test_a_replacement_is_killed_as_soon_as_it_takes_part(
@@ -179,7 +183,7 @@ async def test_a_hop_is_drained(random_bloom: ReferenceModel, processes: Process
         again = await trio.to_thread.run_sync(drain)
         assert again.returncode == 2
         assert "no node runs in" in again.stderr
-        await sessions.until(lambda handle: handle.status().recoveries >= 1)
+        await sessions.until_recovered()
 
 
 async def test_a_hop_hangs(random_bloom: ReferenceModel, processes: ProcessSwarm) -> None:
@@ -187,7 +191,7 @@ async def test_a_hop_hangs(random_bloom: ReferenceModel, processes: ProcessSwarm
         hop = sessions.hops[1]
         hop.send_signal(signal.SIGSTOP)
         try:
-            await sessions.until(lambda handle: handle.status().recoveries >= 1)
+            await sessions.until_recovered()
             await sessions.until(lambda handle: handle.status().state is GenerationState.DONE)
         finally:
             hop.send_signal(signal.SIGCONT)
