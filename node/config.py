@@ -1,11 +1,13 @@
 """What a node can be told: one frozen, validated value. Imports neither torch nor libp2p."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import platformdirs
 
+from ..protocol.admission import AdmissionLimits
 from ..protocol.errors import ConfigError
 from ..protocol.span import Span
 from ..protocol.tensor import DType
@@ -16,6 +18,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 WIRE_DTYPES = ("auto", *(dtype.value for dtype in DType))
 QUANTIZATIONS = ("none", "int8", "nf4")
 MAX_PUBLIC_NAME = 64
+DEFAULT_PATIENCE = 120.0
+"""Seconds: a machine restarts, or somebody starts another one, in less."""
 
 
 def default_data_dir() -> Path:
@@ -47,6 +51,9 @@ class NodeConfig:
     """Multiaddrs, each ending in ``/p2p/PEER_ID``, of peers to join the swarm through."""
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     """Multiaddrs to listen on; port 0 takes a free one."""
+    announce: tuple[str, ...] = ()
+    """Multiaddrs that others are told to dial, for a forwarded port or a proxy. Empty: those of
+    ``listen``."""
     identity: Path | None = None
     """File with the node's key; made if it is not there. None: ``identity.pem`` in the data dir for
     a serving node, and a key that is kept nowhere for one that only originates."""
@@ -66,12 +73,16 @@ class NodeConfig:
     """``cpu``, ``cuda``, ``cuda:N``; ``auto`` takes CUDA when there is some."""
     cache_tokens: int | None = None
     """Tokens of KV cache for all sessions together. None: from the free memory."""
+    limits: AdmissionLimits = field(default_factory=AdmissionLimits)
+    """What other peers may have of this node."""
     public_name: str | None = None
     """A name for the status page."""
-    patience: float = 10.0
-    """Seconds that a session looks for somebody to serve blocks that nobody serves."""
+    patience: float = DEFAULT_PATIENCE
+    """Seconds that a session waits while nobody can serve some blocks, before it fails."""
 
     def __post_init__(self) -> None:
+        if self.announce and not self.serve:
+            raise ConfigError("announce: a node that does not serve cannot be dialled")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.quantization not in QUANTIZATIONS:
@@ -90,8 +101,10 @@ class NodeConfig:
             raise ConfigError("blocks: of which model? name it with model (--model)")
         if self.cache_tokens is not None and self.cache_tokens < 1:
             raise ConfigError(f"cache_tokens: must be at least 1, got {self.cache_tokens}")
-        if self.patience < 0:
-            raise ConfigError(f"patience: must be at least 0 seconds, got {self.patience}")
+        if not 0 <= self.patience < math.inf:
+            raise ConfigError(
+                f"patience: must be a number of seconds, at least 0, got {self.patience}"
+            )
         name = self.public_name
         if name is not None and not (0 < len(name) <= MAX_PUBLIC_NAME and name.isprintable()):
             raise ConfigError(

@@ -11,7 +11,9 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+from ...protocol.admission import AdmissionLimits
 from ...protocol.errors import ConfigError
 from ...protocol.span import Span
 from ..config import BOOTSTRAP_VARIABLE, bootstrap_from_environment
@@ -47,10 +49,14 @@ def check_peer_multiaddr(text: str) -> str:
 
 def check_listen_multiaddr(text: str) -> str:
     """Return the address to listen at if it is well-formed: a host and a port."""
-    parts = _split(text, "--listen", _LISTENED)
+    return _check_host_port(text, "--listen")
+
+
+def _check_host_port(text: str, option: str) -> str:
+    parts = _split(text, option, _LISTENED)
     if len(parts) != 4:
-        raise ConfigError(f"--listen: {text!r} is more than a host and a port; write {_LISTENED}")
-    _check_host_and_port(text, parts, "--listen", _LISTENED)
+        raise ConfigError(f"{option}: {text!r} is more than a host and a port; write {_LISTENED}")
+    _check_host_and_port(text, parts, option, _LISTENED)
     return text
 
 
@@ -104,6 +110,11 @@ def listen_addresses(given: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(check_listen_multiaddr(text) for text in given or ())
 
 
+def announced_addresses(given: Sequence[str] | None) -> tuple[str, ...]:
+    """The addresses of ``--announce``; empty when others are to dial what is listened on."""
+    return tuple(_check_host_port(text, "--announce") for text in given or ())
+
+
 def check_data_dir(path: Path) -> Path:
     """Make the data directory if need be, and make sure that it can be written to."""
     try:
@@ -125,6 +136,15 @@ def check_positive(value: int | None, option: str) -> int | None:
     if value is not None and value < 1:
         raise ConfigError(f"{option}: {value} is too few; write a number from 1 upwards")
     return value
+
+
+def admission_limits(**given: Any) -> AdmissionLimits:
+    """What other peers may have; each option is called as its field is."""
+    try:
+        return AdmissionLimits(**given)
+    except ConfigError as error:
+        field, _, rest = str(error).partition(":")
+        raise ConfigError(f"--{field.replace('_', '-')}:{rest}") from error
 
 
 def split_evenly(num_blocks: int, num_nodes: int) -> list[Span]:

@@ -24,6 +24,7 @@ def node_config(
     num_blocks: int | None,
     bootstrap: tuple[str, ...],
     listen: tuple[str, ...],
+    announce: tuple[str, ...],
     data_dir: Path | None,
     **settings: Any,
 ) -> NodeConfig:
@@ -33,7 +34,12 @@ def node_config(
     if data_dir is not None:
         settings["data_dir"] = data_dir
     config = NodeConfig(
-        model=model, blocks=blocks, num_blocks=num_blocks, bootstrap=bootstrap, **settings
+        model=model,
+        blocks=blocks,
+        num_blocks=num_blocks,
+        bootstrap=bootstrap,
+        announce=announce,
+        **settings,
     )
     arguments.check_data_dir(config.data_dir)
     return config

@@ -62,6 +62,14 @@ def test_any_text_is_an_address_or_a_config_error(text: str) -> None:
             assert check(text) == text
 
 
+def test_announced_addresses() -> None:
+    given_addresses = ["/ip4/203.0.113.5/tcp/31330", "/dns4/node.example/tcp/1"]
+    assert arguments.announced_addresses(given_addresses) == tuple(given_addresses)
+    assert arguments.announced_addresses(None) == ()
+    with pytest.raises(ConfigError, match="--announce"):
+        arguments.announced_addresses(["203.0.113.5:31330"])
+
+
 def test_listen_addresses() -> None:
     given_addresses = ["/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/31330"]
     assert arguments.listen_addresses(given_addresses) == tuple(given_addresses)
