@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 import trio
+from chaos_parts.proxy import HOST, Proxy
 from petals.node.config import NodeConfig
 from petals.node.node import Node
 from petals.protocol.errors import PeerError
@@ -168,8 +169,8 @@ def run_command(
 class ServingNode(CommandProcess):
     """A ``petals-node run`` process; ``wait_serving`` before anything else is asked of it."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        super().__init__("run", "--json", "--listen", LOOPBACK, "--data-dir", str(folder), *options)
+    def __init__(self, folder: Path, *options: str, listen: str = LOOPBACK) -> None:
+        super().__init__("run", "--json", "--listen", listen, "--data-dir", str(folder), *options)
         self.folder = folder
         """Its data directory."""
         self.peer_id = ""
@@ -206,7 +207,22 @@ class ProcessSwarm:
     ) -> list[ServingNode]:
         """Start a node for each span, all at once, and wait until they serve."""
         joining = ("--model", str(model), "--bootstrap", self.address, *options)
-        nodes = [self._start(*joining, "--blocks", span) for span in spans]
+        return self._serving([self._start(*joining, "--blocks", span) for span in spans])
+
+    def serve_behind(self, proxies: Mapping[str, Proxy], model: str | Path) -> list[ServingNode]:
+        """Start a node behind each proxy, by the span that it is to serve."""
+        return self._serving(
+            [
+                self._start(
+                    *("--model", str(model), "--bootstrap", self.address, "--blocks", span),
+                    *("--announce", f"/ip4/{HOST}/tcp/{proxy.port}"),
+                    listen=f"/ip4/{HOST}/tcp/{proxy.target}",
+                )
+                for span, proxy in proxies.items()
+            ]
+        )
+
+    def _serving(self, nodes: list[ServingNode]) -> list[ServingNode]:
         for node in nodes:
             node.wait_serving()
         self.nodes += nodes
@@ -224,11 +240,11 @@ class ProcessSwarm:
         )  # fmt: skip
         return self._stack.enter_context(process)
 
-    def _start(self, *options: str) -> ServingNode:
+    def _start(self, *options: str, listen: str = LOOPBACK) -> ServingNode:
         number = len(list(self._folder.iterdir()))
         folder = self._folder / str(number)
         folder.mkdir()
-        node = ServingNode(folder, *options)
+        node = ServingNode(folder, *options, listen=listen)
         self._stack.enter_context(node)
         return node
 

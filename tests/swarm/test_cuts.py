@@ -1,0 +1,79 @@
+"""Connections that break between processes that live: nothing is computed again."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import trio
+from chaos_parts.proxy import Proxy, free_port
+from petals.inference.sampling_params import SamplingParams
+from petals.node.originate import GenerationHandle
+from support.processes import (
+    DEADLINE,
+    ProcessSwarm,
+    figures_of,
+    figures_until,
+    idle,
+    originating,
+)
+from support.reference import ReferenceModel
+
+SPANS = ("0:4", "4:8")
+ONE = ("And it came to pass in those days",)
+FOUR = ("The king", "Who art thou, lord of the house?", "In the beginning was a word", "Behold")
+GREEDY = SamplingParams(max_new_tokens=100)
+SEEDED = SamplingParams(max_new_tokens=100, temperature=0.8, top_p=0.95, seed=5)
+SESSIONS = [(ONE, GREEDY), (FOUR, GREEDY), (ONE, SEEDED), (FOUR, SEEDED)]
+
+
+@contextlib.asynccontextmanager
+async def proxies() -> AsyncIterator[dict[str, Proxy]]:
+    async with trio.open_nursery() as nursery:
+        running = {span: Proxy(free_port()) for span in SPANS}
+        for proxy in running.values():
+            await nursery.start(proxy.run)
+        yield running
+        nursery.cancel_scope.cancel()
+
+
+async def until_each_has(handles: list[GenerationHandle], tokens: int) -> None:
+    with trio.fail_after(DEADLINE):
+        for handle in handles:
+            while handle.status().tokens < tokens:  # noqa: ASYNC110 - it wakes nobody
+                await trio.sleep(0.01)
+
+
+def reconnects(handle: GenerationHandle) -> int:
+    session = handle._session
+    assert session is not None and session.ring is not None
+    return session.ring.reconnects
+
+
+async def test_connections_that_are_cut_cost_a_pause_and_nothing_else(
+    random_bloom: ReferenceModel, tmp_swarm: ProcessSwarm
+) -> None:
+    """The first hop's (ours to it), then the second's (ours, and the first one's), then both."""
+    model = random_bloom
+    async with proxies() as running:
+        await trio.to_thread.run_sync(tmp_swarm.serve_behind, running, model.name)
+        async with originating(tmp_swarm, model.name, patience=60.0) as node:
+            before = [await figures_of(node, hop) for hop in tmp_swarm.nodes]
+            handles = [await node.submit(prompts, params) for prompts, params in SESSIONS]
+            first, second = running.values()
+            for number, cut in enumerate([(first,), (second,), (first, second)], start=1):
+                await until_each_has(handles, 15 * number)
+                for proxy in cut:
+                    assert proxy.cut() > 0
+            await until_each_has(handles, 60)
+            assert all(reconnects(handle) >= 3 for handle in handles)
+            rows = 0
+            for handle, (prompts, params) in zip(handles, SESSIONS, strict=True):
+                results = await handle.results()
+                assert [list(result.token_ids) for result in results] == model.generate(
+                    prompts, params
+                )
+                assert results[0].recoveries == 0
+                lengths = [len(ids) for ids in model.tokenizer(list(prompts))["input_ids"]]
+                rows += sum(lengths) + len(lengths) * (params.max_new_tokens - 1)
+            for hop, then in zip(tmp_swarm.nodes, before, strict=True):
+                now = await figures_until(node, hop, idle)
+                assert now["rows"] - then["rows"] == rows
