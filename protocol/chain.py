@@ -12,6 +12,7 @@ Rules of this file:
 * A hop whose control stream breaks may live: it is opened again at the same peer, in a new epoch, and
   what it holds it still holds. Only when that fails, or breaks again before anything has come back,
   it is lost. The link to the first hop is dialled again likewise.
+* Nobody is told of neighbours but in a whole chain: across a gap, who is next is not who comes next.
 * Who is silent, stuck or slow is for ``watch.py`` to say.
 * The originator's own log is the tokens: ``length`` of them; the shell embeds what ``next_due``
   says. Its link to the first hop is a link like any other.
@@ -28,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from .checks import Peer
@@ -76,6 +78,8 @@ class ChainHop:
     peer: Peer
     span: Span
     ready: bool = False
+    unopened: bool = True
+    """Whether it has to be opened, for the first time or again, when the chain is whole."""
     pace: Pace = field(default_factory=Pace)
     """What it has announced of its speed, the way to it included."""
 
@@ -304,7 +308,6 @@ class Chain:
     # --- the route --------------------------------------------------------------------------------
 
     def _routed(self, event: Routed, now: float) -> list[Effect]:
-        new = {hop.peer.peer_id: hop for hop in event.hops}
         hops = sorted([*self.hops, *event.hops], key=lambda hop: hop.span)
         ends = [0, *(hop.span.end for hop in hops)]
         starts = [*(hop.span.start for hop in hops), self.terms.num_blocks]
@@ -316,29 +319,53 @@ class Chain:
             )
         before = self._neighbours()
         self.recoveries += 1 if self.epoch else 0
-        self.epoch += 1
         self.hops = tuple(hops)
         self._watch.announced(sum((hop.pace for hop in hops), Pace()))
         self._watch.rerouted(self.length, now)
-        effects: list[Effect] = []
         offered = offers(
             event.entries[: named_boundaries(self.offerable)],
             [(hop.peer.peer_id, hop.span) for hop in hops],
             self.terms.wire_dtype,
         )
-        for hop, (predecessor, successor), prefix in zip(
-            hops, self._neighbours().values(), offered, strict=True
-        ):
+        prefixes = {
+            hop.peer.peer_id: prefix
+            for hop, prefix in zip(hops, offered, strict=True)
+            if hop in event.hops
+        }
+        effects = self._connect(before, prefixes)
+        if hops[0] in event.hops and not offered[0]:
+            self._sender.assume_fresh()
+        return effects
+
+    def _connect(
+        self,
+        before: Mapping[str, tuple[str, Peer | None]],
+        prefixes: Mapping[str, tuple[bytes, ...]] = MappingProxyType({}),
+    ) -> list[Effect]:
+        """Open what is to be opened, in a new epoch, and relink whoever has other neighbours.
+
+        ``before``: the neighbours until now. ``prefixes``: what new hops are offered. Whoever
+        precedes a hop that is opened is relinked, too: had that one restarted, it would not let a
+        link of an older epoch in.
+        """
+        self.epoch += 1
+        opened = {hop.peer.peer_id for hop in self.hops if hop.unopened}
+        after = self._neighbours()
+        effects: list[Effect] = []
+        for hop in self.hops:
             peer_id = hop.peer.peer_id
-            if peer_id in new:
-                opened = self._open(hop.span, predecessor, successor, prefix)
-                effects.append(OpenHop(hop.peer, opened))
-            elif before[peer_id] != (predecessor, successor):
+            predecessor, successor = after[peer_id]
+            if peer_id in opened:
+                prefix = prefixes.get(peer_id, ())
+                frame = self._open(hop.span, predecessor, successor, prefix)
+                effects.append(OpenHop(hop.peer, frame))
+            elif before.get(peer_id) != after[peer_id] or (
+                successor is not None and successor.peer_id in opened
+            ):
                 effects.append(RelinkHop(peer_id, Relink(self.epoch, predecessor, successor)))
-        if hops[0].peer.peer_id in new:
+        self.hops = tuple(replace(hop, unopened=False) for hop in self.hops)
+        if self.hops[0].peer.peer_id in opened:
             effects += self._link_first()
-            if not offered[0]:
-                self._sender.assume_fresh()
         return effects
 
     def _neighbours(self) -> dict[str, tuple[str, Peer | None]]:
@@ -367,13 +394,13 @@ class Chain:
         )
 
     def _ready(self, event: HopReady, now: float) -> list[Effect]:
-        self._set_ready(event.peer_id, ready=True)
+        self._update(event.peer_id, ready=True)
         self._watch.moved(now)
         return []
 
-    def _set_ready(self, peer_id: str, *, ready: bool) -> None:
+    def _update(self, peer_id: str, **changes: Any) -> None:
         self.hops = tuple(
-            replace(hop, ready=ready) if hop.peer.peer_id == peer_id else hop for hop in self.hops
+            replace(hop, **changes) if hop.peer.peer_id == peer_id else hop for hop in self.hops
         )
 
     def _lost(self, event: HopLost, _now: float) -> list[Effect]:
@@ -385,33 +412,25 @@ class Chain:
 
     def _cut(self, event: HopCut, now: float) -> list[Effect]:
         peer_id = event.peer_id
-        places = [place for place, hop in enumerate(self.hops) if hop.peer.peer_id == peer_id]
-        if not places:
+        hop = next((hop for hop in self.hops if hop.peer.peer_id == peer_id), None)
+        if hop is None:
             return []
-        place, hop = places[0], self.hops[places[0]]
         self._cuts[peer_id] += 1
         if not hop.ready or self._cuts[peer_id] > MAX_CUTS:
             return self._lost(HopLost(peer_id, event.reason), now)
-        self.epoch += 1
         self.reconnects += 1
-        self._set_ready(peer_id, ready=False)
         self._watch.moved(now)
-        neighbours = self._neighbours()
-        effects: list[Effect] = [OpenHop(hop.peer, self._open(hop.span, *neighbours[peer_id], ()))]
-        if place == 0:
-            effects += self._link_first()
-        else:  # had it restarted, it would not let a link of an older epoch in
-            before = self.hops[place - 1].peer.peer_id
-            effects.append(RelinkHop(before, Relink(self.epoch, *neighbours[before])))
-        return effects
+        self._update(peer_id, ready=False, unopened=True)
+        # With a gap in the chain, neighbours are not adjacent: the next route opens it, too.
+        return [] if self.missing else self._connect(self._neighbours())
 
     def _link_first(self) -> list[Effect]:
         self._sender.lost()
         return [LinkFirst(self.hops[0].peer, self.epoch)]
 
     def _link_cut(self, event: LinkCut, now: float) -> list[Effect]:
-        if not self.hops:
-            return []
+        if not self.hops or self.hops[0].span.start > 0:
+            return []  # the first hop is lost, and its link with it
         self._cuts[self._own_peer_id] += 1
         if self._cuts[self._own_peer_id] > MAX_CUTS:
             return self._lost(HopLost(self.hops[0].peer.peer_id, event.reason), now)

@@ -560,8 +560,8 @@ def test_a_hop_whose_stream_broke_is_opened_again_and_its_predecessor_told() -> 
     effects = chain.receive(HopCut("b", "reset"), 1.0)
     again = Open(SESSION, 2, "f00d", Span(2, 4), "a", Peer("c"), 1, (0,), 20, DType.FLOAT16)
     assert effects == [
-        OpenHop(Peer("b"), again),
         RelinkHop("a", Relink(2, "me", Peer("b"))),
+        OpenHop(Peer("b"), again),
     ]
     assert state_of(chain) is ChainState.OPENING
     chain.receive(HopReady("b"), 1.0)
@@ -580,6 +580,30 @@ def test_the_first_hop_gets_its_link_again_as_well() -> None:
     assert chain.next_due(5) is None  # until it has said what it holds
     chain.receive(Resume(1, 1, 0), 1.0)
     assert chain.next_due(5) == Due(1, 0, 0, 1, 2)
+
+
+def test_a_stream_that_breaks_beside_a_gap_is_opened_again_when_the_gap_is_filled() -> None:
+    """Not before: across the gap, the hop would be fed by the wrong blocks."""
+    chain = running()
+    chain.receive(HopLost("b", "gone"), 1.0)
+    assert chain.receive(HopCut("c", "reset"), 1.0) == []
+    assert chain.receive(HopCut("a", "reset"), 1.0) == []
+    effects = route(chain, "d=2:4", now=2.0)
+    opened = opening(effects)
+    assert [(name, frame.predecessor, frame.successor) for name, frame in opened.items()] == [
+        ("a", "me", Peer("d")),
+        ("d", "a", Peer("c")),
+        ("c", "d", None),
+    ]
+    assert effects[-1] == LinkFirst(Peer("a"), 2)
+    assert len(effects) == 4
+
+
+def test_our_link_leads_to_nobody_while_the_first_blocks_are_missing() -> None:
+    chain = running()
+    chain.receive(HopLost("a", "gone"), 1.0)
+    assert chain.receive(LinkCut("reset"), 1.0) == []
+    assert chain.missing == [Span(0, 2)]
 
 
 def test_a_hop_that_breaks_before_it_is_ready_is_lost() -> None:

@@ -123,6 +123,13 @@ class Ring(RuleBasedStateMachine):
     def restart(self, data: st.DataObject) -> None:
         self.world.restart(data.draw(st.sampled_from(sorted(self.world.relays))))
 
+    @rule(data=st.data())
+    def cut_beside_a_gap(self, data: st.DataObject) -> None:
+        relays = sorted(self.world.relays)
+        dead = data.draw(st.sampled_from(relays))
+        cut = data.draw(st.sets(st.sampled_from(relays)))
+        self.world.cut_beside_a_gap(dead, cut, data.draw(st.integers(0, 6)))
+
     @rule()
     def cut_own_link(self) -> None:
         self.world.cut_own_link()

@@ -169,8 +169,7 @@ class RingWorld:
         inputs = HashedInputs(HIDDEN_SIZE, DType.FLOAT32)
         inputs.take(0, len(self.tokens), b"".join(map(embed, self.tokens)))
         self._apply(self.chain.receive(Routed(hops, inputs.digests), self.now))
-        for hop in hops:
-            self._apply(self.chain.receive(HopReady(hop.peer.peer_id), self.now))
+        self._all_ready()
 
     def _name(self, span: Span) -> str:
         """The same peers serve the same blocks in every session, unless they have died in it."""
@@ -196,8 +195,10 @@ class RingWorld:
 
     def cut_control(self, peer_id: str) -> None:
         """The originator's stream to a hop breaks, and what the hop was sending on it is lost."""
-        self.relays[peer_id].hop.next_outgoing(2)
-        self._reconnect(HopCut(peer_id, "reset"), peer_id)
+        hop = self.relays[peer_id].hop
+        if hop.successor is None:
+            hop.next_outgoing(2)
+        self._reconnect(HopCut(peer_id, "reset"))
 
     def restart(self, peer_id: str) -> None:
         """A hop comes back under its name, with nothing of what it held."""
@@ -206,17 +207,31 @@ class RingWorld:
         for wire in list(self.wires.values()):
             if wire.receiver == peer_id:
                 self.cut(wire.sender)
-        self._reconnect(HopCut(peer_id, "reset"), peer_id)
+        self._reconnect(HopCut(peer_id, "reset"))
 
     def cut_own_link(self) -> None:
         """The originator's link to the first hop breaks; old steps may still arrive later."""
-        self._reconnect(LinkCut("reset"), self.chain.hops[0].peer.peer_id)
+        self._reconnect(LinkCut("reset"))
 
-    def _reconnect(self, event: HopCut | LinkCut, peer_id: str) -> None:
+    def cut_beside_a_gap(self, dead: str, cut: set[str], passes: int) -> None:
+        """Streams break while a lost hop has not been replaced yet, and the others go on."""
+        self.lose(dead)
+        for peer_id in sorted(cut - {dead}):
+            self._apply(self.chain.receive(HopCut(peer_id, "reset"), self.now))
+        self._apply(self.chain.receive(LinkCut("reset"), self.now))
+        for _ in range(passes):
+            self.advance(3)
+        self.route(self.chain.missing)
+
+    def _reconnect(self, event: HopCut | LinkCut) -> None:
         self._apply(self.chain.receive(event, self.now))
-        for missing in self.chain.missing:  # it has happened too often
-            self.route([missing])
-        self._apply(self.chain.receive(HopReady(peer_id), self.now))
+        if missing := self.chain.missing:  # it has happened too often
+            self.route(missing)
+        self._all_ready()
+
+    def _all_ready(self) -> None:
+        for hop in self.chain.hops:
+            self._apply(self.chain.receive(HopReady(hop.peer.peer_id), self.now))
 
     def append(self, count: int, want: int, branch: int = 0) -> None:
         """The text goes on; on the same branch with the same tokens as in any other session."""
