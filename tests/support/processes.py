@@ -1,5 +1,8 @@
 """Real processes of the command line, and swarms of them on loopback: started, heard, surely gone.
 
+They are forks of a process that has imported what they need (``forked.py``), in sessions of their own:
+a terminal's Ctrl-C is for pytest, which ends the others.
+
 Rules of this file: every wait has a deadline, and what a process said on standard error is part of
 the message when one passes. A node's standard input is a pipe that only this process holds
 (``--exit-with-stdin``), so that it goes even if this one is killed.
@@ -24,6 +27,7 @@ from chaos_parts.proxy import HOST, Proxy
 from petals.node.config import NodeConfig
 from petals.node.node import Node
 from petals.protocol.errors import PeerError
+from support.forked import ForkedProcess
 
 COMMAND = (sys.executable, "-P", "-m", "petals.node")
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -53,15 +57,8 @@ class CommandProcess:
         """What was read of standard output so far."""
         self._queue: queue.Queue[str | None] = queue.Queue()
         self._errors: list[str] = []
-        self.process = subprocess.Popen(
-            [*COMMAND, arguments[0], "--exit-with-stdin", *arguments[1:]],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=environment(),
-            start_new_session=True,  # a terminal's Ctrl-C is for pytest, which ends the others
+        self.process = ForkedProcess(
+            [arguments[0], "--exit-with-stdin", *arguments[1:]], environment()
         )
         self._readers = [
             threading.Thread(target=self._read_output, daemon=True),
@@ -84,7 +81,6 @@ class CommandProcess:
         for reader in self._readers:
             reader.join()
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert pipe is not None
             pipe.close()
 
     @property
@@ -120,7 +116,7 @@ class CommandProcess:
         """The exit code, once it has ended and all of its output was read."""
         try:
             code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             raise self._failure(f"has not ended after {timeout:.0f} s") from None
         for reader in self._readers:
             reader.join()
@@ -134,13 +130,11 @@ class CommandProcess:
         self.process.send_signal(number)
 
     def _read_output(self) -> None:
-        assert self.process.stdout is not None
         for line in self.process.stdout:
             self._queue.put(line.rstrip("\n"))
         self._queue.put(None)
 
     def _read_errors(self) -> None:
-        assert self.process.stderr is not None
         for line in self.process.stderr:
             self._errors.append(line)
 
@@ -155,15 +149,9 @@ def run_command(
     *arguments: str, timeout: float = DEADLINE, text: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; ``text`` is its standard input."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        input=text,
-        capture_output=True,
-        encoding="utf-8",
-        env=environment(),
-        timeout=timeout,
-        check=False,
-    )
+    process = ForkedProcess(arguments, environment())
+    code, output, errors = process.communicate(text, timeout)
+    return subprocess.CompletedProcess(arguments, code, output, errors)
 
 
 class ServingNode(CommandProcess):
