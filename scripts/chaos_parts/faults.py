@@ -12,7 +12,11 @@ import trio
 
 from .nodes import TormentedNode
 from .schedule import Fault, Kind, may_be_hurt
+from .sessions import Stall
 
+SLACK = 0.3
+"""Seconds by which a stall may seem to have begun before the fault that caused it: its last token
+was under way then."""
 SETTLED = 3.0
 """Seconds that a healed node is spared: by then others know that it is there again."""
 
@@ -24,7 +28,8 @@ class Tormentor:
     nodes: Sequence[TormentedNode]
     dice: random.Random
     say: Callable[[str], None]
-    injected: Counter[Kind] = field(default_factory=Counter)
+    injected: list[tuple[float, Kind]] = field(default_factory=list)
+    """When, in trio's time, and what."""
     skipped: int = 0
     """Faults for which no node could be hurt."""
 
@@ -43,10 +48,24 @@ class Tormentor:
                     continue
                 victim = by_name[self.dice.choice(victims)]
                 victim.whole = False
-                self.injected[fault.kind] += 1
+                self.injected.append((trio.current_time(), fault.kind))
                 lasting = f" for {fault.seconds:.1f} s" if fault.seconds else ""
                 self.say(f"{fault.at:6.1f} s  {fault.kind} {victim.name} ({victim.span}){lasting}")
                 nursery.start_soon(self._hurt, victim, fault)
+
+    def counts(self) -> dict[str, int]:
+        """How many faults of each kind."""
+        return dict(sorted(Counter(str(kind) for _, kind in self.injected).items()))
+
+    def longest_stalls(self, stalls: Sequence[Stall]) -> dict[str, float]:
+        """The longest stall that began behind a fault of each kind, and before the next fault."""
+        longest: dict[str, float] = {}
+        for stall in stalls:
+            before = [kind for at, kind in self.injected if at <= stall.end - stall.seconds + SLACK]
+            if before:
+                kind = str(before[-1])
+                longest[kind] = max(longest.get(kind, 0.0), round(stall.seconds, 2))
+        return dict(sorted(longest.items()))
 
     async def _hurt(self, node: TormentedNode, fault: Fault) -> None:
         match fault.kind:

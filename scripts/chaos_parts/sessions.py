@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import statistics
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +22,15 @@ STALL = 0.5
 """Seconds between two tokens from which on a reader sees a pause."""
 
 
+@dataclass(frozen=True)
+class Stall:
+    """A pause between two tokens of a session that a reader notices."""
+
+    end: float
+    """In trio's time."""
+    seconds: float
+
+
 @dataclass
 class Outcome:
     """What all sessions together have come to."""
@@ -33,16 +42,13 @@ class Outcome:
     """Tokens that are not the right ones."""
     lost: int = 0
     """Sessions that failed or hung."""
-    stalls: list[float] = field(default_factory=list)
-    """Seconds of each pause between two tokens."""
+    stalls: list[Stall] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
     def stall(self, share: float) -> float:
         """The stall that ``share`` of all stalls are no longer than; 0 if there was none."""
-        if len(self.stalls) < 2:
-            return max(self.stalls, default=0.0)
-        cuts = statistics.quantiles(self.stalls, n=100, method="inclusive")
-        return cuts[round(share * 100) - 1]
+        seconds = sorted(stall.seconds for stall in self.stalls)
+        return seconds[math.ceil(share * len(seconds)) - 1] if seconds else 0.0
 
 
 async def write_texts(
@@ -89,6 +95,6 @@ async def _watch(handle: GenerationHandle, outcome: Outcome) -> None:
     async for _ in handle:
         now = trio.current_time()
         if since is not None and now - since >= STALL:
-            outcome.stalls.append(now - since)
+            outcome.stalls.append(Stall(now, now - since))
             logger.info("a session stood still for %.2f s: %s", now - since, handle.status())
         since = now
