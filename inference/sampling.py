@@ -3,6 +3,9 @@
 The processors are transformers' own, in the order in which ``generate`` applies them: repetition
 penalty; then, when sampling, temperature, top-k, top-p; then ``argmax`` or ``multinomial``. With
 a seed the tokens equal those of ``torch.manual_seed(seed); model.generate(do_sample=True, …)``.
+
+A sampler that is made from all tokens so far and the ``state`` of another one behind the last of them
+goes on as that one would have.
 """
 
 from collections.abc import Sequence
@@ -16,10 +19,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from ..protocol.errors import LocalProtocolError, ModelError
-from .sampling_params import SamplingParams
+from ..protocol.errors import ConfigError, LocalProtocolError, ModelError
+from .sampling_params import SamplerState, SamplingParams
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["Sampler", "SamplerState", "SamplingParams"]
 
 
 class Sampler:
@@ -29,6 +32,9 @@ class Sampler:
     padding, which the repetition penalty ignores (as ``generate`` does when it gets an attention
     mask). A row that has drawn one of ``eos_token_ids`` or was given to ``finish`` gets
     ``pad_token_id`` from then on.
+
+    ``state`` is that of the sampler that chose the last tokens of ``prompt_ids``. Raises ConfigError
+    when its generator is not one of this version of torch.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class Sampler:
         padding: Sequence[int] | None = None,
         eos_token_ids: Sequence[int] = (),
         pad_token_id: int = 0,
+        state: SamplerState | None = None,
     ) -> None:
         self._ids = torch.as_tensor(prompt_ids, dtype=torch.int64, device="cpu")
         if self._ids.dim() != 2:
@@ -53,9 +60,14 @@ class Sampler:
         self._processors = _processors(params, ignored)
         self._eos = torch.tensor(list(eos_token_ids), dtype=torch.int64)
         self._pad_token_id = pad_token_id
-        self._finished = torch.zeros(batch, dtype=torch.bool)
+        finished = state.finished if state is not None else (False,) * batch
+        if len(finished) != batch:
+            raise LocalProtocolError(f"the state of {len(finished)} rows, prompt_ids for {batch}")
+        self._finished = torch.tensor(finished, dtype=torch.bool)
         self._generator = torch.Generator()
-        if params.seed is None:
+        if state is not None and state.generator:
+            _set_state(self._generator, state.generator)
+        elif params.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
@@ -69,6 +81,11 @@ class Sampler:
     def finished(self) -> tuple[bool, ...]:
         """Which rows have ended."""
         return tuple(self._finished.tolist())
+
+    def state(self) -> SamplerState:
+        """Where it stands. Not while ``sample`` runs on another thread."""
+        drawn = b"" if self._params.greedy else self._generator.get_state().numpy().tobytes()
+        return SamplerState(self.finished, drawn)
 
     def finish(self, row: int) -> None:
         """End ``row``, for example because its text has reached a stop string."""
@@ -100,6 +117,15 @@ class Sampler:
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=-1)
         self._finished |= torch.isin(tokens, self._eos)
         return [int(token) for token in tokens]
+
+
+def _set_state(generator: torch.Generator, state: bytes) -> None:
+    try:
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the state of the random generator is not one of torch {torch.__version__}: {error}"
+        ) from error
 
 
 def _processors(params: SamplingParams, padding: torch.Tensor) -> LogitsProcessorList:

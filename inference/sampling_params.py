@@ -1,4 +1,4 @@
-"""How to choose the next token: the values only, without torch.
+"""How to choose the next token, and where a sampler stands: the values only, without torch.
 
 The command line and the node's API need these before (or without) the second that torch takes
 to import; ``sampling.py`` acts on them.
@@ -60,6 +60,16 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether every token is the likeliest one."""
         return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerState:
+    """Where a sampler stands between two tokens: beside the tokens, all that it goes on from."""
+
+    finished: tuple[bool, ...]
+    """Which rows have ended."""
+    generator: bytes = b""
+    """The random generator's state. Empty: nothing was drawn from it; a greedy sampler never does."""
 
 
 def _integer(name: str, value: object, least: int, most: int | None) -> None:

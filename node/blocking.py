@@ -6,6 +6,7 @@ A thread of its own runs trio and the node; every call here crosses over to it a
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from ..protocol.announcement import Announcement
 from ..protocol.errors import ConfigError, PetalsError
 from .config import (
     BOOTSTRAP_VARIABLE,
+    DEFAULT_PATIENCE,
     NodeConfig,
     bootstrap_from_environment,
     default_data_dir,
@@ -61,6 +63,13 @@ class GenerationHandle:
     def partial(self) -> Generation:
         """What there is so far."""
         return self._client._call_sync(self._handle.partial)[0]
+
+    def save(self, path: Path | str) -> None:
+        """Put what there is so far into a file that ``Client.resume`` goes on from.
+
+        It may be running, or have ended in whatever way. Raises ConfigError.
+        """
+        self._client._call(partial(self._handle.save, path))
 
     def cancel(self) -> None:
         """Stop it; ``result`` raises PetalsError then, ``partial`` keeps the text."""
@@ -138,15 +147,32 @@ class Client:
         *,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
+        save_to: Path | str | None = None,
         **sampling: Any,
     ) -> GenerationHandle:
-        """Start generating and return at once. Several prompts run together in one session."""
+        """Start generating and return at once. Several prompts run together in one session.
+
+        ``save_to`` is a file for ``resume``: made or replaced now, and kept up to date to the end.
+        """
         params = _sampling_params(max_length, max_new_tokens, sampling)
 
         async def submit() -> TrioHandle:
-            return await self._running_node().submit(prompt, params, max_length=max_length)
+            return await self._running_node().submit(
+                prompt, params, max_length=max_length, save_to=save_to
+            )
 
         return GenerationHandle(self, self._call(submit))
+
+    def resume(self, path: Path | str, *, save_to: Path | str | None = None) -> GenerationHandle:
+        """Start generating the rest of a text that was saved; the text is the whole one.
+
+        ``save_to`` as in ``submit``; it may be ``path``. Raises ConfigError.
+        """
+
+        async def resume() -> TrioHandle:
+            return await self._running_node().resume(path, save_to=save_to)
+
+        return GenerationHandle(self, self._call(resume))
 
     def swarm_view(self, model_name: str | None = None) -> list[Announcement]:
         """Who serves what, as of now: of the models of that name, or of every model."""
@@ -217,13 +243,15 @@ def connect(
     wire_dtype: str = "auto",
     device: str = "auto",
     data_dir: Path | str | None = None,
+    patience: float = DEFAULT_PATIENCE,
 ) -> Client:
     """Join a swarm to generate text with ``model`` (``demo``, a folder, or a hub id).
 
     ``initial_peers`` are multiaddrs of peers to join through; None: those in the environment
     variable ``PETALS_BOOTSTRAP``. ``dtype`` is what this machine computes the model's two ends in,
-    ``wire_dtype`` what hidden states travel in (as in ``NodeConfig``). Raises ConfigError when there are none, PeerError when none can
-    be reached.
+    ``wire_dtype`` what hidden states travel in, ``patience`` how many seconds a generation waits
+    while nobody can serve some blocks (as in ``NodeConfig``). Raises ConfigError when there are no
+    peers, PeerError when none can be reached.
     """
     peers = bootstrap_from_environment() if initial_peers is None else tuple(initial_peers)
     if not peers:
@@ -241,6 +269,7 @@ def connect(
             dtype=dtype,
             wire_dtype=wire_dtype,
             device=device,
+            patience=patience,
         )
     )
 

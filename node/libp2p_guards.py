@@ -18,6 +18,10 @@ from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
 from libp2p.custom_types import StreamHandlerFn, TProtocol
 from libp2p.host.basic_host import BasicHost
+from libp2p.identity.identify.identify import ID as IDENTIFY
+from libp2p.identity.identify.pb.identify_pb2 import Identify
+from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH
+from libp2p.identity.update import update_peerstore_from_identify
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.auto_connector import AutoConnector
@@ -27,6 +31,7 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
+from libp2p.peer.envelope import Envelope
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore, PeerStoreError
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
@@ -34,8 +39,10 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
+from libp2p.utils.varint import read_length_prefixed_protobuf
 from multiaddr import Multiaddr
 
+from ..protocol.admission import AdmissionLimits
 from ..protocol.errors import PetalsError
 from .libp2p_yamux import PROTOCOL_ID as YAMUX
 from .libp2p_yamux import Traffic, YamuxConnection
@@ -55,14 +62,23 @@ _LONGEST_READ = 1024 * 1024  # the library asks for at most 64 KiB, unless a pee
 _IDENTIFY_SECONDS = 5.0
 _KNOWN_PEERS = 5000
 _ADDRESSES_PER_PEER = 8  # the most that a dial tries
+_ADDRESS_BYTES = 256
+_PROTOCOLS_PER_PEER = 64
+_PROTOCOL_LENGTH = 128
+_IDENTIFY_BYTES = 32 * 1024  # the real ones are below 2 KB
 
 
 @dataclass(frozen=True)
 class HostLimits:
     """Bounds and deadlines of a host, in seconds where they are times."""
 
-    connections: int = 500
-    """Connections in all, those that are still shaking hands included."""
+    connections: int = AdmissionLimits.max_connections
+    """Connections in all."""
+    peer_connections: int = AdmissionLimits.peer_connections
+    """Connections of one peer; when there are more, the oldest is closed."""
+    handshakes: int = 64
+    """Dialled by others and still shaking hands; when there are more, the oldest is closed: strangers
+    who say nothing must not keep everybody out until ``accept_seconds`` have passed."""
     dial_seconds: float = 5.0
     """For one address, from the first packet to the connection that can carry streams."""
     accept_seconds: float = 10.0
@@ -71,6 +87,20 @@ class HostLimits:
     """For opening a stream: dialling if need be, and agreeing on the protocol."""
     yamux: YamuxLimits = field(default_factory=YamuxLimits)
     """Bounds of each connection."""
+
+    @classmethod
+    def admitting(cls, limits: AdmissionLimits) -> "HostLimits":
+        """The usual ones, with what others may have of this node."""
+        return cls(
+            connections=limits.max_connections,
+            peer_connections=limits.peer_connections,
+            yamux=YamuxLimits(streams=limits.peer_streams, opens_per_second=limits.peer_opens),
+        )
+
+    @property
+    def inbound(self) -> int:
+        """How many connections others may have dialled: our own dialling must not depend on them."""
+        return self.connections - self.connections // 5
 
 
 class DialError(Exception):
@@ -202,9 +232,15 @@ class _NoAutoConnector(AutoConnector):
     async def run_background_task(self, nursery: trio.Nursery) -> None:
         """Do not."""
 
+    def record_disconnect(self, peer_id: ID) -> None:
+        """Do not keep, for ever, when each peer was last seen."""
+
 
 class _PeerStore(PeerStore):
-    """The library forgets its own key first when it knows too many peers."""
+    """The library forgets its own key first when it knows too many peers.
+
+    And of each it keeps all that anybody says, which it also tells whoever asks.
+    """
 
     def __init__(self, key_pair: KeyPair) -> None:
         super().__init__(max_peers=_KNOWN_PEERS)
@@ -215,6 +251,23 @@ class _PeerStore(PeerStore):
         own = self.peer_data_map.pop(self._own_id)
         super()._enforce_peer_limit()
         self.peer_data_map[self._own_id] = own
+
+    def add_addrs(self, peer_id: ID, addrs: Sequence[Multiaddr], ttl: int = 0) -> None:
+        """Keep the latest few that are not too long."""
+        short = [address for address in addrs if len(address.to_bytes()) <= _ADDRESS_BYTES]
+        super().add_addrs(peer_id, short, ttl)
+        if peer_id != self._own_id and peer_id in self.peer_data_map:
+            del self.peer_data_map[peer_id].addrs[:-_ADDRESSES_PER_PEER]
+
+    def add_protocols(self, peer_id: ID, protocols: Sequence[str]) -> None:
+        """Keep a list of usual length."""
+        known = len(self.peer_data_map[peer_id].protocols) if peer_id in self.peer_data_map else 0
+        short = [protocol for protocol in protocols if len(protocol) <= _PROTOCOL_LENGTH]
+        super().add_protocols(peer_id, short[: max(0, _PROTOCOLS_PER_PEER - known)])
+
+    def consume_peer_record(self, envelope: Envelope, ttl: int) -> bool:  # noqa: ARG002
+        """Take it and forget it: we have no use for the library's records, which have no bound."""
+        return True
 
 
 class GuardedSwarm(Swarm):
@@ -240,14 +293,15 @@ class GuardedSwarm(Swarm):
                 high_watermark=limits.connections,
                 min_connections=0,
                 low_watermark=0,
-                max_connections_per_peer=4,
+                max_connections_per_peer=limits.peer_connections,
                 inbound_upgrade_timeout=limits.accept_seconds,
                 outbound_upgrade_timeout=limits.dial_seconds,
             ),
         )
         self.auto_connector = _NoAutoConnector(self)
         self._limits = limits
-        self._accepting = 0
+        self._handshakes: dict[trio.CancelScope, None] = {}
+        self._inbound = 0
         self._dialling: dict[ID, trio.Lock] = {}
 
     def alive(self, peer_id: ID | None = None) -> list[SwarmConn]:
@@ -317,19 +371,36 @@ class GuardedSwarm(Swarm):
         The library keeps a task, a socket and a slot of its limit for each connection that was
         ever accepted, so that after some hundreds it accepts no more.
         """
-        if self._accepting >= self._limits.connections:
+        if self._inbound >= self._limits.inbound:
             return
-        self._accepting += 1
+        if len(self._handshakes) >= self._limits.handshakes:
+            next(iter(self._handshakes)).cancel()
         try:
-            with trio.fail_after(self._limits.accept_seconds):
-                raw = RawConnection(BufferedSocket(stream), initiator=False)
-                connection = await self.upgrade_inbound_raw_conn(raw, Multiaddr("/ip4/0.0.0.0"))
+            with trio.fail_after(self._limits.accept_seconds) as handshake:
+                self._handshakes[handshake] = None
+                try:
+                    raw = RawConnection(BufferedSocket(stream), initiator=False)
+                    connection = await self.upgrade_inbound_raw_conn(raw, Multiaddr("/ip4/0.0.0.0"))
+                finally:
+                    del self._handshakes[handshake]
             assert isinstance(connection, YamuxConnection)
-            await connection.event_closed.wait()
+            self._inbound += 1
+            try:
+                if self._inbound > self._limits.inbound:  # several were after the last place
+                    await connection.close()
+                await connection.event_closed.wait()
+            finally:
+                self._inbound -= 1
         except Exception as error:  # noqa: BLE001 - a stranger's handshake must not end the host
             logger.debug("an inbound connection failed: %r", error)
-        finally:
-            self._accepting -= 1
+
+    def _trim_connections(self, peer_id: ID) -> None:
+        """The library lets a peer have any number of connections that are younger than 20 s."""
+        connections = self.connections[peer_id]
+        excess = len(connections) - self._limits.peer_connections
+        for connection in connections[:excess]:
+            self.manager.run_task(self._close_connection_async, connection)
+        self.connections[peer_id] = connections[excess:]
 
 
 class GuardedHost(BasicHost):
@@ -343,6 +414,9 @@ class GuardedHost(BasicHost):
         identified: Callable[[ID], Awaitable[None]],
     ) -> None:
         super().__init__(swarm, addrs_factory=announce, disable_identify_address_discovery=True)
+        self.remove_stream_handler(
+            IDENTIFY_PUSH
+        )  # we ask when we connect; nobody need tell us more
         self._nursery = nursery
         self._identified = identified
         self._identifying: dict[ID, trio.Event] = {}
@@ -390,6 +464,22 @@ class GuardedHost(BasicHost):
             logger.debug("%s cannot be identified: %r", peer_id, error)
         finally:
             self._identifying.pop(peer_id).set()
+
+    async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
+        """The library would read a MiB, and keep in a cache whatever it takes for an address."""
+        stream = await self.new_stream(peer_id, [IDENTIFY])
+        try:
+            data = await read_length_prefixed_protobuf(stream, max_length=_IDENTIFY_BYTES)
+        finally:
+            yamux_stream_of(stream).close_now()
+        told = Identify()
+        told.ParseFromString(data)
+        addresses = [raw for raw in told.listen_addrs if len(raw) <= _ADDRESS_BYTES]
+        del told.listen_addrs[:]
+        told.listen_addrs.extend(addresses[:_ADDRESSES_PER_PEER])
+        await update_peerstore_from_identify(self.peerstore, peer_id, told)
+        if self._network.get_connections(peer_id):
+            self._identified_peers[peer_id] = reason
 
 
 def key_pair_of(private_key: bytes) -> KeyPair:

@@ -25,6 +25,7 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 from multiaddr import Multiaddr
 
+from ..protocol.admission import OPENS_AT_ONCE, Pace
 from .libp2p_yamux_stream import (
     ACK,
     DATA,
@@ -58,6 +59,8 @@ class Traffic:
     received: Counter[str] = field(default_factory=Counter)
     unread: "Counter[YamuxConnection]" = field(default_factory=Counter)
     """Bytes that were received and that nobody has read yet, by connection."""
+    streams: Counter[tuple[ID, bool]] = field(default_factory=Counter)
+    """Open streams by peer, and by whether we have opened them."""
 
 
 class YamuxConnection(IMuxedConn):
@@ -94,6 +97,7 @@ class YamuxConnection(IMuxedConn):
         self._incoming_send, self._incoming = trio.open_memory_channel[YamuxStream](
             self.limits.streams
         )
+        self._pace = Pace(self.limits.opens_per_second, OPENS_AT_ONCE)
         self._unparsed = b""
         self._body_of: YamuxStream | None = None
         self._body_left = 0
@@ -136,21 +140,26 @@ class YamuxConnection(IMuxedConn):
         await trio.lowlevel.checkpoint()
         if self.is_closed or self._closing or self._peer_leaves:
             raise MuxedStreamError(self._reason if self.is_closed else "the connection is closing")
-        ours = self._next_stream_id % 2
-        if sum(1 for number in self.streams if number % 2 == ours) >= self.limits.streams:
+        if self.traffic.streams[self.peer_id, True] >= self.limits.streams:
             raise MuxedStreamError(f"{self.limits.streams} streams are open to this peer already")
         stream = YamuxStream(self, self._next_stream_id)
         self._next_stream_id += 2
-        self.streams[stream.stream_id] = stream
+        self._remember(stream)
         self.queue_control(WINDOW_UPDATE, SYN, stream.stream_id)
         return stream
 
     async def accept_stream(self) -> YamuxStream:
-        """The next stream that the peer has opened."""
-        try:
-            return await self._incoming.receive()
-        except trio.EndOfChannel as error:
-            raise MuxedConnUnavailable(self._reason) from error
+        """The next stream that the peer has opened; a peer in a hurry has to wait for its turn."""
+        while True:
+            try:
+                stream = await self._incoming.receive()
+            except trio.EndOfChannel as error:
+                raise MuxedConnUnavailable(self._reason) from error
+            if stream.is_reset:  # to open and to reset without end must not cost us a task each
+                continue
+            with trio.move_on_after(self._pace.take(trio.current_time())):
+                await self.event_closed.wait()
+            return stream
 
     async def start(self) -> None:
         """Run the connection until it closes. Raises nothing."""
@@ -212,8 +221,13 @@ class YamuxConnection(IMuxedConn):
 
     def forget(self, stream: YamuxStream) -> None:
         """Drop a finished stream from the table."""
-        if self.streams.pop(stream.stream_id, None) is not None:
-            self._extra_window -= stream.extra_window
+        if self.streams.pop(stream.stream_id, None) is None:
+            return
+        self._extra_window -= stream.extra_window
+        key = self._counted_as(stream)
+        self.traffic.streams[key] -= 1
+        if self.traffic.streams[key] == 0:
+            del self.traffic.streams[key]
 
     def grow_window(self, window: int) -> int:
         """By how much a window of that size may grow now."""
@@ -290,6 +304,13 @@ class YamuxConnection(IMuxedConn):
                 await self.secured_conn.close()
             except Exception as error:  # noqa: BLE001 - there is nothing left to lose
                 logger.debug("closing the connection to %s: %r", self.peer_id, error)
+
+    def _remember(self, stream: YamuxStream) -> None:
+        self.streams[stream.stream_id] = stream
+        self.traffic.streams[self._counted_as(stream)] += 1
+
+    def _counted_as(self, stream: YamuxStream) -> tuple[ID, bool]:
+        return self.peer_id, stream.stream_id % 2 == self._next_stream_id % 2
 
     def _may_queue(self) -> bool:
         if len(self._ordered) + len(self._urgent) >= _QUEUED_FRAMES:
@@ -378,15 +399,14 @@ class YamuxConnection(IMuxedConn):
         if stream_id % 2 != theirs or stream_id <= self._last_peer_id:
             raise PeerMisbehaved(f"stream id {stream_id} out of turn")
         self._last_peer_id = stream_id
-        opened = sum(1 for number in self.streams if number % 2 == theirs)
         stream = YamuxStream(self, stream_id)
-        if opened < self.limits.streams and not self._closing:
+        if self.traffic.streams[self.peer_id, False] < self.limits.streams and not self._closing:
             try:
                 self._incoming_send.send_nowait(stream)
             except trio.WouldBlock:
                 pass
             else:
-                self.streams[stream_id] = stream
+                self._remember(stream)
                 self.queue_urgent(WINDOW_UPDATE, ACK, stream_id, 0)
                 return stream
         self.queue_control(WINDOW_UPDATE, RST, stream_id)

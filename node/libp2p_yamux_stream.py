@@ -19,6 +19,8 @@ from libp2p.stream_muxer.exceptions import (
     MuxedStreamReset,
 )
 
+from ..protocol.admission import AdmissionLimits
+
 if TYPE_CHECKING:
     from .libp2p_yamux import YamuxConnection
 
@@ -39,8 +41,11 @@ _SMALL_CHUNK = 2048  # received pieces are joined up to here: one-byte frames mu
 class YamuxLimits:
     """What a connection may cost, and how long its ends are waited for."""
 
-    streams: int = 256
-    """Open streams of each direction; the peer's further ones are refused, ours fail at once."""
+    streams: int = AdmissionLimits.peer_streams
+    """Open streams of each direction, over all connections to one peer; the peer's further ones are
+    refused, ours fail at once."""
+    opens_per_second: float = AdmissionLimits.peer_opens
+    """Streams that the peer may open for long; further ones wait to be served."""
     window: int = 4 * 1024 * 1024
     """Bytes a stream may have in flight to us once its reader has proved to read."""
     window_budget: int = 64 * 1024 * 1024
@@ -88,6 +93,11 @@ class YamuxStream(IMuxedStream):
     def __repr__(self) -> str:
         state = self._reset or ("closed" if self._local_closed else "open")
         return f"<YamuxStream {self.stream_id} {self.protocol} {state}>"
+
+    @property
+    def is_reset(self) -> bool:
+        """Whether the stream is broken."""
+        return bool(self._reset)
 
     # What callers do
 

@@ -12,6 +12,7 @@ import random  # noqa: TID251 - this is the wiring
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,10 +28,11 @@ from ..protocol.placement import choose_span
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
 from ..protocol.tensor import DType
-from . import describe
+from . import describe, saved_session
 from .config import NodeConfig
 from .identity import load_identity, new_identity
-from .libp2p_network import open_network
+from .libp2p_guards import HostLimits
+from .libp2p_network import NetworkLimits, open_network
 from .loopback import LoopbackNetwork
 from .membership import Membership
 from .network import Stream
@@ -152,6 +154,7 @@ class Node:
                 "prefix_hits": engine.prefix_hits,
                 "prefix_tokens_reused": engine.prefix_tokens_reused,
             }
+            figures |= {f"refused {code}": count for code, count in self._relay.refusals.items()}
         return figures
 
     # --- originating --------------------------------------------------------------------------
@@ -162,17 +165,36 @@ class Node:
         params: SamplingParams | None = None,
         *,
         max_length: int | None = None,
+        save_to: Path | str | None = None,
     ) -> "GenerationHandle":
         """Start generating from one prompt, or from several together in one session.
 
-        Iterate over the handle for the text as it comes. Raises ConfigError for arguments that
-        cannot be, ModelError if the model's ends cannot be loaded.
+        Iterate over the handle for the text as it comes. ``save_to`` is a file for ``resume``: it is
+        made or replaced now, and kept up to date until the end. Raises ConfigError for arguments
+        that cannot be, ModelError if the model's ends cannot be loaded.
         """
         originator = await self._originating()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        handle = originator.submit(prompts, params or SamplingParams(), max_length=max_length)
-        self._running_nursery().start_soon(self._generate, handle)
-        return handle
+        file = None if save_to is None else Path(save_to)
+        handle = originator.submit(
+            prompts, params or SamplingParams(), max_length=max_length, save_to=file
+        )
+        return await self._start(handle, file)
+
+    async def resume(
+        self, path: Path | str, *, prompt: str | None = None, save_to: Path | str | None = None
+    ) -> "GenerationHandle":
+        """Start generating the rest of a text that was saved; its first part is there at once.
+
+        The text is the one that it would have become had nothing broken off. ``prompt``: what it
+        must have begun with. ``save_to``: as in ``submit``; it may be ``path``. Raises ConfigError
+        when the file cannot be read, or is of another model or prompt.
+        """
+        originator = await self._originating()
+        saved = await trio.to_thread.run_sync(saved_session.load, Path(path))
+        file = None if save_to is None else Path(save_to)
+        handle = originator.resume(saved, prompt=prompt, save_to=file)
+        return await self._start(handle, file)
 
     async def generate(
         self, prompt: str, params: SamplingParams | None = None, *, max_length: int | None = None
@@ -205,6 +227,19 @@ class Node:
         room = max_tokens or originator.checkpoint.max_length
         async with originator.open_session(room, batch=batch, padding=padding) as session:
             yield session
+
+    @contextlib.asynccontextmanager
+    async def reopen_session(self, saved: saved_session.SavedSession) -> AsyncIterator["Session"]:
+        """A session that goes on behind the tokens of a saved one. Raises ConfigError."""
+        originator = await self._originating()
+        async with originator.reopen_session(saved) as session:
+            yield session
+
+    async def _start(self, handle: "GenerationHandle", file: Path | None) -> "GenerationHandle":
+        if file is not None:
+            await handle.save(file)  # where it cannot be written, that is told now
+        self._running_nursery().start_soon(self._generate, handle)
+        return handle
 
     async def _generate(self, handle: "GenerationHandle") -> None:
         self._generations += 1
@@ -314,7 +349,9 @@ class Node:
             merge=lambda old, new, now: merge_entries(old, new, now, self._dice),
             clock=wall_clock,
             listen=config.listen if config.serve else (),
+            announce=config.announce,
             bootstrap=config.bootstrap,
+            limits=NetworkLimits(host=HostLimits.admitting(config.limits)),
         ) as outside:
             self._membership = Membership(
                 outside,
@@ -359,6 +396,7 @@ class Node:
             span=self.span,
             hidden_size=checkpoint.hidden_size,
             hello=self._hello,
+            limits=self.config.limits,
             on_load_change=membership.changed,
         )
         network.handle(SESSION_PROTOCOL, self._relay.handle)

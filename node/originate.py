@@ -1,8 +1,13 @@
 """Turn prompts into text: the one implementation below the command line, Python and every face.
 
 A ``Session`` is a ring with tokens: what has gone around, and the token sampled last, which goes
-around with the next step. ``write`` extends it by a prompt and samples until an end. A
+around with the next step. ``write`` extends it by a prompt and samples until an end; if it is broken
+off (nobody serves some blocks, it is cancelled, the process dies), ``go_on`` is the rest of it. A
 ``GenerationHandle`` is a ``write`` that runs on its own while others look at it.
+
+At any time between two tokens a session can be saved (``saved_session.py``): with its last token a
+``Session`` keeps the sampler's state behind that token, whatever the sampler is doing meanwhile. So
+there is one way to go on, from tokens and a state, and a new session is one without tokens.
 """
 
 import contextlib
@@ -10,6 +15,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,17 +25,20 @@ from ..inference.checkpoint import Checkpoint
 from ..inference.detokenizer import Detokenizer
 from ..inference.head import Head, HeadRows
 from ..inference.model import Ends
-from ..inference.sampling import Sampler, SamplingParams
+from ..inference.sampling import Sampler, SamplerState, SamplingParams
 from ..inference.tensors import to_torch, to_wire
 from ..protocol.chain import ChainState, SessionTerms
-from ..protocol.errors import ConfigError, PetalsError
+from ..protocol.errors import ConfigError, LocalProtocolError, PetalsError
 from ..protocol.frames import Hello
 from ..protocol.routing import RouteHop
 from ..protocol.swarm import Swarm
 from ..protocol.tensor import DType, WireTensor
+from . import saved_session
+from .autosave import keep_saved
 from .gaps import Router
 from .network import Network
 from .ring import Ring, new_session_id, open_ring
+from .saved_session import SavedSession, Writing
 from .wakeup import Signal
 
 T = TypeVar("T")
@@ -71,6 +80,8 @@ class GenerationStatus:
     tokens_per_second: float
     route: tuple[RouteHop, ...]
     recoveries: int
+    waiting_for: str | None = None
+    """Why nothing goes on at the moment, such as blocks that nobody serves; None when it does."""
     error: str | None = None
 
 
@@ -83,7 +94,7 @@ class Generation:
     finish_reason: str
     """``length`` (max_new_tokens), ``eos`` (the model ended the text) or ``stop``."""
     tokens_per_second: float
-    """Of decoding: tokens behind the first one over the time they took."""
+    """Of decoding: tokens behind the first one over the time they took, restored ones apart."""
     time_to_first_token: float
     """Seconds from the call to the first token, routing and prefill included."""
     route: tuple[RouteHop, ...]
@@ -93,17 +104,24 @@ class Generation:
 class Session:
     """A ring and the tokens that it holds; keeps its KV cache over several calls of ``write``.
 
-    Made by ``Originator.open_session``. One caller at a time.
+    Made by ``Originator.open_session``, or from a saved one by ``reopen_session``. One caller at a
+    time. After a NoRoute it can be used as before: what was sampled is kept, and the next call looks
+    for a route again.
     """
 
-    def __init__(self, originator: "Originator", terms: SessionTerms) -> None:
+    def __init__(self, originator: "Originator", terms: SessionTerms, saved: SavedSession) -> None:
         self.originator = originator
         """Its model, tokenizer and ends."""
         self._terms = terms
-        self._tokens: list[list[int]] = [[] for _ in range(terms.batch)]
+        self._begun = saved
+        self._tokens = [list(tokens) for tokens in saved.token_ids]
         """Per sequence, what has gone around, and behind it what goes next."""
+        self._writing = saved.writing
+        """How to go on behind the last token; it changes in the same breath as that."""
         self._embedded: tuple[tuple[list[int], ...], WireTensor] | None = None
         """The tokens sampled last, one a sequence, and their embeddings."""
+        self.changed = Signal()
+        """There are more tokens, or fewer."""
         self.ring: Ring | None = None
         """Set while the session is open."""
 
@@ -117,6 +135,23 @@ class Session:
         """Per sequence, everything so far: left padding, prompts and what was generated."""
         return [list(tokens) for tokens in self._tokens]
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the last ``write`` was broken off, so that there is something to go on with."""
+        return self._writing is not None and self._writing.left(len(self._tokens[0])) > 0
+
+    def saved(self) -> SavedSession:
+        """The session as it is behind its last token."""
+        return dataclasses.replace(
+            self._begun,
+            token_ids=tuple(tuple(tokens) for tokens in self._tokens),
+            writing=self._writing,
+        )
+
+    async def save(self, path: Path | str) -> None:
+        """Put the session into a file, in place of what is there. Raises ConfigError."""
+        await trio.to_thread.run_sync(saved_session.save, Path(path), self.saved())
+
     def rewind(self, position: int) -> None:
         """Forget the tokens from ``position`` on, so that the text goes on differently there."""
         ring = self._running()
@@ -126,6 +161,7 @@ class Session:
             )
         for tokens in self._tokens:
             del tokens[position:]
+        self._now_writing(None)
         if position < ring.length:
             ring.rewind(position)
 
@@ -134,20 +170,11 @@ class Session:
 
         Returns the hidden states of the last ``want`` positions, [batch, want, hidden_size] in the
         wire dtype. Raises ConfigError when they do not fit the session, NoRoute when nobody serves
-        some blocks.
+        some blocks: then the tokens are the session's already, and a call with no rows tries again.
         """
-        ring = self._running()
-        rows = len(token_ids[0]) + len(self._tokens[0]) - ring.length
-        if rows > ring.room:
-            raise ConfigError(
-                f"{ring.length + rows} tokens do not fit this session of "
-                f"{self._terms.max_tokens}; start a new one with more room"
-            )
-        for tokens, more in zip(self._tokens, token_ids, strict=True):
-            tokens.extend(more)
-        outputs = await ring.step(rows, want=want)
-        tensors = [to_torch(output) for output in outputs]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
+        self._extend(token_ids)
+        self._now_writing(None)
+        return await self._step(want)
 
     async def write(
         self,
@@ -158,37 +185,79 @@ class Session:
         """Extend the session by a prompt [batch, rows] and then by sampled tokens.
 
         ``on_tokens`` gets every step's tokens, one per sequence, and says which sequences are to
-        end there. Returns when all have ended or after ``max_new_tokens``.
+        end there. Returns when all have ended or after ``max_new_tokens``. Raises as ``forward``.
         """
+        self._extend(token_ids)
+        state = SamplerState((False,) * self._terms.batch)
+        self._now_writing(Writing(len(self._tokens[0]), params, state))
+        await self.go_on(on_tokens)
+
+    async def go_on(self, on_tokens: Callable[[list[int]], Sequence[bool]]) -> None:
+        """The rest of a ``write`` that was broken off, here or in the process that saved it."""
+        writing = self._writing
+        if writing is None:
+            raise LocalProtocolError("go_on: no write was broken off in this session")
         compute, head = self.originator.compute, self.originator.head
         checkpoint = self.originator.checkpoint
-        history = [[*old, *new] for old, new in zip(self._tokens, token_ids, strict=True)]
         sampler = Sampler(
-            params,
-            history,
+            writing.params,
+            self._tokens,
             padding=self._terms.padding,
             eos_token_ids=checkpoint.eos_token_ids,
             pad_token_id=checkpoint.pad_token_id,
+            state=writing.sampler,
         )
-        step = token_ids
-        for _ in range(params.max_new_tokens):
-            rows = head.add(await self.forward(step))
+        for _ in range(writing.left(len(self._tokens[0]))):
+            rows = head.add(await self._step(want=1))
 
             # One crossing to torch's thread a token: what is sampled now goes around next.
-            def sample(rows: HeadRows = rows) -> tuple[list[int], WireTensor]:
+            def sample(rows: HeadRows = rows) -> tuple[list[int], SamplerState, WireTensor]:
                 tokens = sampler.sample(rows.logits()[:, -1])
-                return tokens, self._embed_now([[token] for token in tokens])
+                return tokens, sampler.state(), self._embed_now([[token] for token in tokens])
 
-            tokens, embeddings = await compute(sample)
+            tokens, state, embeddings = await compute(sample)
             self._embedded = tuple([token] for token in tokens), embeddings
             for sequence, token in zip(self._tokens, tokens, strict=True):
                 sequence.append(token)
-            for row, ended in enumerate(on_tokens(tokens)):
-                if ended:
-                    sampler.finish(row)
+            self._now_writing(dataclasses.replace(writing, sampler=state))
+            ended = [row for row, end in enumerate(on_tokens(tokens)) if end]
+            for row in ended:
+                sampler.finish(row)
+            if ended:
+                self._now_writing(dataclasses.replace(writing, sampler=sampler.state()))
             if all(sampler.finished):
                 return
-            step = [[] for _ in tokens]  # the sampled tokens are behind the old ones already
+
+    def _now_writing(self, writing: Writing | None) -> None:
+        self._writing = writing
+        self.changed.notify()
+
+    def _extend(self, token_ids: Sequence[Sequence[int]]) -> None:
+        self._running()
+        self._check_room(len(self._tokens[0]) + len(token_ids[0]))
+        for tokens, more in zip(self._tokens, token_ids, strict=True):
+            tokens.extend(more)
+
+    def _check_room(self, length: int) -> None:
+        if length > self._terms.max_tokens:
+            raise ConfigError(
+                f"{length} tokens do not fit this session of {self._terms.max_tokens}; start a new "
+                "one with more room"
+            )
+
+    async def _step(self, want: int) -> torch.Tensor:
+        """Send around what has not gone around; the last ``want`` rows of what comes back.
+
+        Rows that have gone around in a step that was broken off are lost, or under way to nobody.
+        They go around again.
+        """
+        ring, length = self._running(), len(self._tokens[0])
+        self._check_room(length)
+        if length - want < ring.length:
+            ring.rewind(length - want)
+        outputs = await ring.step(length - ring.length, want=want)
+        tensors = [to_torch(output) for output in outputs]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
     async def embed(self, start: int, stop: int) -> WireTensor:
         """The embeddings [batch, stop - start, hidden_size] of positions of this session."""
@@ -247,22 +316,28 @@ class Originator:
 
         Sequence b's first ``padding[b]`` positions are left padding. Routes are planned at once.
         """
-        if max_tokens > self.checkpoint.max_length:
-            raise ConfigError(
-                f"max_tokens: {max_tokens} tokens (prompt and new ones) are more than "
-                f"{self.checkpoint.name} was made for ({self.checkpoint.max_length})"
-            )
+        new = self._new_session(max_tokens, ((),) * batch, tuple(padding) or (0,) * batch)
+        async with self.reopen_session(new) as session:
+            yield session
+
+    @contextlib.asynccontextmanager
+    async def reopen_session(self, saved: SavedSession) -> AsyncIterator[Session]:
+        """A session that goes on behind the tokens of a saved one. Raises ConfigError.
+
+        What the old one's hops held is computed again, from the tokens, with the first step.
+        """
+        self._check(saved)
         terms = SessionTerms(
             session=new_session_id(),
             model=self.checkpoint.fingerprint,
             num_blocks=self.checkpoint.num_blocks,
             hidden_size=self.checkpoint.hidden_size,
-            batch=batch,
-            padding=tuple(padding) or (0,) * batch,
-            max_tokens=max_tokens,
-            wire_dtype=self._wire_dtype,
+            batch=len(saved.token_ids),
+            padding=saved.padding,
+            max_tokens=saved.max_tokens,
+            wire_dtype=saved.wire_dtype,
         )
-        session = Session(self, terms)
+        session = Session(self, terms, saved)
         async with open_ring(
             terms,
             network=self._network,
@@ -279,6 +354,43 @@ class Originator:
             finally:
                 session.ring = None
 
+    def _new_session(
+        self,
+        max_tokens: int,
+        token_ids: Sequence[Sequence[int]],
+        padding: tuple[int, ...],
+        writing: Writing | None = None,
+    ) -> SavedSession:
+        return SavedSession(
+            model=self.checkpoint.name,
+            fingerprint=self.checkpoint.fingerprint,
+            wire_dtype=self._wire_dtype,
+            max_tokens=max_tokens,
+            padding=padding,
+            token_ids=tuple(tuple(tokens) for tokens in token_ids),
+            writing=writing,
+        )
+
+    def _check(self, saved: SavedSession) -> None:
+        """Raise ConfigError if the session cannot be one of this model."""
+        checkpoint = self.checkpoint
+        if saved.fingerprint != checkpoint.fingerprint:
+            raise ConfigError(
+                f"the session was saved with the model {saved.model} (fingerprint "
+                f"{saved.fingerprint[:16]}), and {checkpoint.name} is another (fingerprint "
+                f"{checkpoint.fingerprint[:16]}); go on with the first, or begin anew"
+            )
+        if saved.max_tokens > checkpoint.max_length:
+            raise ConfigError(
+                f"max_tokens: {saved.max_tokens} tokens (prompt and new ones) are more than "
+                f"{checkpoint.name} was made for ({checkpoint.max_length})"
+            )
+        if any(max(tokens, default=0) >= checkpoint.vocab_size for tokens in saved.token_ids):
+            raise ConfigError(
+                f"the session has tokens that are not among the {checkpoint.vocab_size} of "
+                f"{checkpoint.name}; it is damaged, or of another model"
+            )
+
     def encode(self, prompts: Sequence[str]) -> tuple[list[list[int]], tuple[int, ...]]:
         """Token ids [batch, longest], left-padded, and how much padding each prompt got.
 
@@ -293,12 +405,18 @@ class Originator:
         return [pad * n + tokens for n, tokens in zip(padding, encoded, strict=True)], padding
 
     def submit(
-        self, prompts: Sequence[str], params: SamplingParams, *, max_length: int | None = None
+        self,
+        prompts: Sequence[str],
+        params: SamplingParams,
+        *,
+        max_length: int | None = None,
+        save_to: Path | None = None,
     ) -> "GenerationHandle":
         """A generation for all prompts together, to be run by somebody's nursery.
 
-        ``max_length`` bounds prompt and new tokens together, as in transformers. Raises ConfigError
-        when they leave no room for a token.
+        ``max_length`` bounds prompt and new tokens together, as in transformers; ``save_to`` is a
+        file that is kept up to date with it. Raises ConfigError when the tokens do not fit the
+        model, or leave no room for a new one.
         """
         token_ids, padding = self.encode(prompts)
         length = len(token_ids[0])
@@ -308,47 +426,78 @@ class Originator:
                     f"max_length: {max_length} leaves no room behind a prompt of {length} tokens"
                 )
             params = dataclasses.replace(params, max_new_tokens=max_length - length)
-        return GenerationHandle(self, token_ids, padding, params)
+        writing = Writing(length, params, SamplerState((False,) * len(token_ids)))
+        new = self._new_session(length + params.max_new_tokens, token_ids, padding, writing)
+        return self.resume(new, save_to=save_to)
+
+    def resume(
+        self, saved: SavedSession, *, prompt: str | None = None, save_to: Path | None = None
+    ) -> "GenerationHandle":
+        """The rest of what a saved session was writing, to be run by somebody's nursery.
+
+        Raises ConfigError when it was writing nothing, is of another model, or its (first) text did
+        not begin with ``prompt``.
+        """
+        self._check(saved)
+        if saved.writing is None:
+            raise ConfigError(
+                "the saved session was writing nothing: there is no text to go on with"
+            )
+        if prompt is not None:
+            [begun], _ = self.encode([prompt])
+            if tuple(begun) != saved.token_ids[0][saved.padding[0] : saved.writing.begin]:
+                raise ConfigError(
+                    "PROMPT: the saved session began with another one; leave it out to go on, or "
+                    "begin anew with another file"
+                )
+        return GenerationHandle(self, saved, saved.writing, save_to)
 
 
 class GenerationHandle:
-    """A generation that runs on its own. Made by ``submit``."""
+    """A generation that runs on its own. Made by ``submit`` and ``resume``."""
 
     def __init__(
         self,
         originator: Originator,
-        token_ids: list[list[int]],
-        padding: tuple[int, ...],
-        params: SamplingParams,
+        saved: SavedSession,
+        writing: Writing,
+        save_to: Path | None,
     ) -> None:
         self._originator = originator
-        self._prompt = token_ids
-        self._padding = padding
-        self._params = params
-        self._texts = [Detokenizer(originator.tokenizer, stop=params.stop) for _ in token_ids]
-        self._new: list[list[int]] = [[] for _ in token_ids]
-        self._reasons: list[str | None] = [None for _ in token_ids]
+        self._begun = saved
+        self._save_to = save_to
+        stop = writing.params.stop
+        self._texts = [Detokenizer(originator.tokenizer, stop=stop) for _ in saved.token_ids]
+        self._new: list[list[int]] = [[] for _ in saved.token_ids]
+        self._reasons: list[str | None] = [None for _ in saved.token_ids]
         self._pieces: list[str] = []
+        for position in range(writing.begin, saved.length):
+            self._add([tokens[position] for tokens in saved.token_ids])
+        self._restored = saved.length - writing.begin
         self._state = GenerationState.QUEUED
         self._error: Exception | None = None
         self._changed = Signal()
         self._scope = trio.CancelScope()
         self._session: Session | None = None
+        """Set once it was opened; when it is closed, its tokens are still there."""
         self._route: tuple[RouteHop, ...] = ()
         self._recoveries = 0
         self._created = trio.current_time()
         self._first: float | None = None
+        """When the first token came that was not restored."""
         self._latest = self._created
 
     def status(self) -> GenerationStatus:
         """How far it is."""
         self._look_at_ring()
+        ring = None if self._session is None else self._session.ring
         return GenerationStatus(
             state=self._state,
             tokens=max(map(len, self._new)),
             tokens_per_second=self._speed(),
             route=self._route,
             recoveries=self._recoveries,
+            waiting_for=None if ring is None else ring.waiting_for,
             error=None if self._error is None else str(self._error),
         )
 
@@ -360,6 +509,14 @@ class GenerationHandle:
         """Return when it has ended, one way or another."""
         while not self._state.final:
             await self._changed.wait()
+
+    async def save(self, path: Path | str) -> None:
+        """Put what there is so far into a file that ``resume`` goes on from. Raises ConfigError.
+
+        What is there is replaced. It may be running, or have ended in whatever way.
+        """
+        saved = self._begun if self._session is None else self._session.saved()
+        await trio.to_thread.run_sync(saved_session.save, Path(path), saved)
 
     async def result(self) -> Generation:
         """What came out of the (first) prompt, when it has ended.
@@ -423,23 +580,27 @@ class GenerationHandle:
             self._end(GenerationState.DONE)
 
     async def _run(self) -> None:
-        length = len(self._prompt[0])
-        async with self._originator.open_session(
-            length + self._params.max_new_tokens, batch=len(self._prompt), padding=self._padding
-        ) as session:
+        if not self._begun.unfinished:
+            return
+        async with self._originator.reopen_session(self._begun) as session:
             self._session = session
             try:
                 self._state = GenerationState.ROUTING
-                await session.write(self._prompt, self._params, self._take)
+                async with keep_saved(session, self._save_to):
+                    await session.go_on(self._take)
             finally:
                 self._look_at_ring()
-                self._session = None
 
     def _take(self, tokens: list[int]) -> list[bool]:
-        """Take a step's tokens in; says which sequences have reached a stop."""
+        """Take a step's tokens in; says which sequences have reached an end."""
         self._latest = trio.current_time()
         if self._first is None:
             self._first = self._latest
+        self._add(tokens)
+        self._changed.notify()
+        return [reason is not None for reason in self._reasons]
+
+    def _add(self, tokens: Sequence[int]) -> None:
         eos = self._originator.checkpoint.eos_token_ids
         for row, token in enumerate(tokens):
             if self._reasons[row] is not None:
@@ -452,8 +613,6 @@ class GenerationHandle:
                 self._reasons[row] = "stop"
             if row == 0 and piece:
                 self._pieces.append(piece)
-        self._changed.notify()
-        return [reason is not None for reason in self._reasons]
 
     def _end(self, state: GenerationState) -> None:
         for row, text in enumerate(self._texts):
@@ -476,8 +635,8 @@ class GenerationHandle:
             self._state = GenerationState.RECOVERING
 
     def _speed(self) -> float:
-        tokens = max(map(len, self._new))
-        if self._first is None or tokens == 0:
+        tokens = max(map(len, self._new)) - self._restored
+        if self._first is None or tokens <= 0:
             return 0.0
         if tokens == 1:
             return 1 / max(self._first - self._created, 1e-9)

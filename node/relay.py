@@ -305,28 +305,10 @@ class Relay:
             nursery.start_soon(watch, session.closed)
 
     async def _reserve(self, opened: Open, peer_id: str) -> Ticket:
-        """Open the session at the engine; those that linger give way, the oldest first."""
+        """Find room for a session; those that linger give way to it, the oldest first."""
         while True:
             try:
-                ticket = self._admission.admit(
-                    peer_id, cache_tokens=opened.batch * opened.max_tokens
-                )
-                try:
-                    self._engine.open(
-                        opened.session,
-                        batch=opened.batch,
-                        max_tokens=opened.max_tokens,
-                        padding=opened.padding,
-                        originator=peer_id,
-                        priority=(
-                            Priority.OWN if peer_id == self._network.peer_id else Priority.NORMAL
-                        ),
-                        prefixes=shares_prefixes(opened),
-                    )
-                except BaseException:
-                    ticket.release()
-                    raise
-                return ticket
+                return self._take_room(opened, peer_id)
             except (CacheFull, NotAdmitted) as full:
                 whose = full.peer_id if isinstance(full, NotAdmitted) else None
                 lingering = [
@@ -341,8 +323,26 @@ class Relay:
                 oldest.scope.cancel()
                 await oldest.closed.wait()
 
+    def _take_room(self, opened: Open, peer_id: str) -> Ticket:
+        ours = peer_id == self._network.peer_id
+        ticket = self._admission.admit(peer_id, cache_tokens=opened.batch * opened.max_tokens)
+        try:
+            self._engine.open(
+                opened.session,
+                batch=opened.batch,
+                max_tokens=opened.max_tokens,
+                padding=opened.padding,
+                originator=peer_id,
+                priority=Priority.OWN if ours else Priority.NORMAL,
+                prefixes=shares_prefixes(opened),
+            )
+        except BaseException:
+            ticket.release()
+            raise
+        return ticket
+
     def _free(self, session_id: bytes, ticket: Ticket) -> None:
-        """Give back what ``_reserve`` has taken."""
+        """Give back what ``_take_room`` has taken."""
         self._engine.close(session_id)
         ticket.release()
         self._drained.notify()
@@ -383,9 +383,8 @@ class Relay:
             session.ending = failed(ErrorCode.PROTOCOL, str(error))
         finally:
             session.link_scope.cancel()
-            self._free(
-                opened.session, session.ticket
-            )  # before ``closed``: the id may be used again
+            # Before ``closed``: the id may be opened again then.
+            self._free(opened.session, session.ticket)
             del self._sessions[opened.session]
             if session.ending is not None:
                 await _say(session.control, session.ending)
@@ -409,6 +408,7 @@ class Relay:
                         return
                 except PeerError as error:
                     logger.info("stream of originator %s broke: %s", control.peer_id, error)
+            await control.close()  # whoever comes back brings another
             if session.control is not control:
                 continue
             taken, session.lingering_since = session.control_taken, trio.current_time()

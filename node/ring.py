@@ -182,8 +182,8 @@ class Ring:
         """Send the next ``rows`` positions around; returns the last ``want`` rows of the output.
 
         The rows come as tensors [batch, some, hidden_size] to be joined along the rows. Raises
-        NoRoute when nobody serves some blocks for longer than the session's patience; a step of 0
-        rows goes on with what was sent before then.
+        NoRoute when nobody serves some blocks for longer than the session's patience; the next step
+        looks again.
         """
         chain = self._chain
         self._delivered.clear()  # of a step that was cancelled

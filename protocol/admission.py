@@ -18,14 +18,14 @@ from .errors import ConfigError, PetalsError
 
 RETRY_AFTER = 5.0
 """Seconds; about what a short answer takes. Nobody knows when a session will end."""
-MIB = 1024 * 1024
+_MIB = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdmissionLimits:
     """What this node gives in all, and to one peer. Raises ConfigError for what cannot be."""
 
-    sessions: int = 1024
+    max_sessions: int = 1024
     """Sessions in all, whatever the cache would hold: each costs tasks and streams (20 KB), and up
     to three frames of 4 MiB that have arrived and are not computed."""
     peer_sessions: int = 128
@@ -34,10 +34,10 @@ class AdmissionLimits:
     """Share of the KV cache that one peer's sessions may reserve together, so that others find
     room. A peer that has no session here may open one of any size: what a small node holds is of
     use to somebody, and a stranger could take it under two names anyway."""
-    peer_backlog: int = 64 * MIB
-    """Bytes of hidden states that were taken in for one peer's sessions and are not computed; more
+    peer_backlog: int = 64
+    """MiB of hidden states that were taken in for one peer's sessions and are not computed; more
     wait where they come from. Sixteen of the largest frames keep any device busy."""
-    connections: int = 500
+    max_connections: int = 500
     """Connections in all: each costs a socket, tasks and buffers. A fifth is kept for those that
     this node dials itself, which it needs to serve at all."""
     peer_connections: int = 4
@@ -102,8 +102,8 @@ class Admission:
     def admit(self, peer_id: str, *, cache_tokens: int) -> "Ticket":
         """Let ``peer_id`` open a session that reserves so many tokens. Raises NotAdmitted."""
         limits, own = self._limits, peer_id == self._own_peer_id
-        if self._sessions >= limits.sessions:
-            raise NotAdmitted(f"this node has {limits.sessions} sessions already", peer_id=None)
+        if self._sessions >= limits.max_sessions:
+            raise NotAdmitted(f"this node has {self._sessions} sessions already", peer_id=None)
         held = self._holdings.get(peer_id)
         if held is not None and not own:
             if held.sessions >= limits.peer_sessions:
@@ -118,7 +118,7 @@ class Admission:
                     peer_id=peer_id,
                 )
         if held is None:
-            held = _Holding(peer_id, math.inf if own else limits.peer_backlog)
+            held = _Holding(peer_id, math.inf if own else limits.peer_backlog * _MIB)
             self._holdings[peer_id] = held
         self._sessions += 1
         return Ticket(self, held, cache_tokens)

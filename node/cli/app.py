@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from ...protocol.admission import AdmissionLimits
 from . import failures, logs
 
 app = typer.Typer(
@@ -88,6 +89,31 @@ WireDtypeOption = Annotated[
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+]
+OriginatedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="demo (the small model that is built in), a folder, or a Hugging Face hub id. "
+        "Default: demo, or the one of the text to resume.",
+    ),
+]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="FILE",
+        help="Go on from this file, if it is there, and keep it up to date.",
+    ),
+]
+PatienceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--patience",
+        metavar="SECONDS",
+        help="Wait so long while nobody can serve some blocks. Default: 120.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 MaxNewTokensOption = Annotated[
@@ -186,6 +212,15 @@ def run_command(
             help="Listen here, for example /ip4/0.0.0.0/tcp/31330. May be repeated.",
         ),
     ] = None,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--announce",
+            metavar="MULTIADDR",
+            help="Tell others to dial this address instead of those listened on, for example that "
+            "of a forwarded port. May be repeated.",
+        ),
+    ] = None,
     identity: Annotated[
         Path | None,
         typer.Option(
@@ -211,6 +246,50 @@ def run_command(
             help="Keep at most so many tokens of all sessions together.",
         ),
     ] = None,
+    max_sessions: Annotated[
+        int,
+        typer.Option("--max-sessions", metavar="N", help="Sessions in all."),
+    ] = AdmissionLimits.max_sessions,
+    peer_sessions: Annotated[
+        int,
+        typer.Option("--peer-sessions", metavar="N", help="Sessions of one peer."),
+    ] = AdmissionLimits.peer_sessions,
+    peer_cache_share: Annotated[
+        float,
+        typer.Option(
+            "--peer-cache-share",
+            metavar="X",
+            help="Share of the KV cache that one peer's sessions may reserve together, from 0 to 1.",
+        ),
+    ] = AdmissionLimits.peer_cache_share,
+    peer_backlog: Annotated[
+        int,
+        typer.Option(
+            "--peer-backlog",
+            metavar="MIB",
+            help="MiB of one peer's hidden states that wait to be computed.",
+        ),
+    ] = AdmissionLimits.peer_backlog,
+    max_connections: Annotated[
+        int,
+        typer.Option("--max-connections", metavar="N", help="Connections in all."),
+    ] = AdmissionLimits.max_connections,
+    peer_connections: Annotated[
+        int,
+        typer.Option("--peer-connections", metavar="N", help="Connections of one peer."),
+    ] = AdmissionLimits.peer_connections,
+    peer_streams: Annotated[
+        int,
+        typer.Option("--peer-streams", metavar="N", help="Open streams of one peer."),
+    ] = AdmissionLimits.peer_streams,
+    peer_opens: Annotated[
+        float,
+        typer.Option(
+            "--peer-opens",
+            metavar="N",
+            help="Streams that one peer may open in a second, for long.",
+        ),
+    ] = AdmissionLimits.peer_opens,
     public_name: Annotated[
         str | None,
         typer.Option("--public-name", metavar="NAME", help="What the swarm's status calls you."),
@@ -231,12 +310,23 @@ def run_command(
         num_blocks=arguments.check_positive(num_blocks, "--num-blocks"),
         bootstrap=arguments.bootstrap_peers(bootstrap),
         listen=arguments.listen_addresses(listen),
+        announce=arguments.announced_addresses(announce),
         identity=identity,
         data_dir=data_dir,
         dtype=dtype,
         quantization=quantization,
         device=device,
         cache_tokens=arguments.check_positive(cache_tokens, "--cache-tokens"),
+        limits=arguments.admission_limits(
+            max_sessions=max_sessions,
+            peer_sessions=peer_sessions,
+            peer_cache_share=peer_cache_share,
+            peer_backlog=peer_backlog,
+            max_connections=max_connections,
+            peer_connections=peer_connections,
+            peer_streams=peer_streams,
+            peer_opens=peer_opens,
+        ),
         public_name=public_name,
     )
     return run.serve(config, json_lines=json_lines, exit_with_stdin=exit_with_stdin)
@@ -245,10 +335,15 @@ def run_command(
 @app.command("generate")
 def generate_command(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads it.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="The text to go on from; - reads it. Not needed with --resume.",
+            show_default=False,
+        ),
+    ] = None,
     *,
-    model: ModelOption = "demo",
+    model: OriginatedModelOption = None,
     bootstrap: BootstrapOption = None,
     max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = None,
@@ -260,6 +355,8 @@ def generate_command(
     dtype: DtypeOption = "auto",
     wire_dtype: WireDtypeOption = "auto",
     device: DeviceOption = "auto",
+    patience: PatienceOption = None,
+    resume: ResumeOption = None,
     json_result: Annotated[
         bool,
         typer.Option(
@@ -273,12 +370,20 @@ def generate_command(
     del debug
     from . import generate, originator
 
+    saved = originator.load_if_there(resume)
+    generate.check_prompt(prompt, resume, saved)
     return generate.generate(
         originator.node_config(
-            model=model, bootstrap=bootstrap, dtype=dtype, wire_dtype=wire_dtype, device=device
+            model=originator.chosen_model(model, saved),
+            bootstrap=bootstrap,
+            dtype=dtype,
+            wire_dtype=originator.chosen_wire_dtype(wire_dtype, saved),
+            device=device,
+            patience=patience,
         ),
         prompt,
-        originator.sampling_params(
+        originator.params_of_one_text(
+            saved,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -287,6 +392,8 @@ def generate_command(
             seed=seed,
             stop=stop,
         ),
+        file=resume,
+        saved=saved,
         json_result=json_result,
         exit_with_stdin=exit_with_stdin,
     )
@@ -295,7 +402,7 @@ def generate_command(
 @app.command("chat")
 def chat_command(
     *,
-    model: ModelOption = "demo",
+    model: OriginatedModelOption = None,
     bootstrap: BootstrapOption = None,
     max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = None,
@@ -313,17 +420,26 @@ def chat_command(
     dtype: DtypeOption = "auto",
     wire_dtype: WireDtypeOption = "auto",
     device: DeviceOption = "auto",
+    patience: PatienceOption = None,
+    resume: ResumeOption = None,
     debug: DebugOption = False,
 ) -> int:
     """Take turns with the model; the swarm remembers the conversation between turns."""
     del debug
     from . import arguments, chat, originator
 
+    saved = originator.load_if_there(resume)
     return chat.chat(
         originator.node_config(
-            model=model, bootstrap=bootstrap, dtype=dtype, wire_dtype=wire_dtype, device=device
+            model=originator.chosen_model(model, saved),
+            bootstrap=bootstrap,
+            dtype=dtype,
+            wire_dtype=originator.chosen_wire_dtype(wire_dtype, saved),
+            device=device,
+            patience=patience,
         ),
-        originator.sampling_params(
+        originator.params_of_next_turns(
+            saved,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -333,6 +449,8 @@ def chat_command(
             stop=stop,
         ),
         max_tokens=arguments.check_positive(max_tokens, "--max-tokens"),
+        file=resume,
+        saved=saved,
     )
 
 

@@ -1,12 +1,13 @@
 """The sampler chooses what ``generate`` chooses."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from petals.inference.sampling import Sampler, SamplingParams
+from petals.inference.sampling import Sampler, SamplerState, SamplingParams
 from petals.protocol.errors import ConfigError, LocalProtocolError, ModelError
 from support.tiny_bloom import pad_left, reference_tokens, tiny_bloom
 from transformers import BloomForCausalLM
@@ -71,6 +72,54 @@ def test_seeds(model: BloomForCausalLM) -> None:
     assert text(None) != text(None)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("settings", [{}, {"seed": 7}, {"seed": None}], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_sampler_goes_on_from_the_state_of_another(
+    batch: int, settings: dict[str, Any], temperature: float
+) -> None:
+    """Whichever token it was that another one ended with."""
+    params = SamplingParams(temperature=temperature, repetition_penalty=1.2, **settings)
+    options: dict[str, Any] = {"padding": [1] * batch, "eos_token_ids": [0], "pad_token_id": 8}
+    steps = torch.randn(8, batch, 9, generator=torch.Generator().manual_seed(3))
+    whole = Sampler(params, [[1, 2]] * batch, **options)
+    begun, states = whole.token_ids, [whole.state()]
+    for number, logits in enumerate(steps):
+        whole.sample(logits)
+        if number == 3:
+            whole.finish(0)
+        states.append(whole.state())
+    for done, state in enumerate(states):
+        ids = whole.token_ids[:, : begun.shape[1] + done]
+        rest = Sampler(params, ids, state=state, **options)
+        assert rest.state() == state
+        for number, logits in enumerate(steps[done:], start=done):
+            rest.sample(logits)
+            if number == 3:
+                rest.finish(0)
+        assert torch.equal(rest.token_ids, whole.token_ids)
+        assert rest.state() == states[-1]
+
+
+def test_a_fresh_state_is_no_state() -> None:
+    params = SamplingParams(temperature=1.0, seed=5)
+    logits = torch.linspace(-1, 1, 9)[None]
+    fresh = SamplerState((False,))
+    assert Sampler(params, [[1]], state=fresh).state() == Sampler(params, [[1]]).state()
+    assert Sampler(params, [[1]], state=fresh).sample(logits) == Sampler(params, [[1]]).sample(
+        logits
+    )
+
+
+@pytest.mark.parametrize("change", ["truncated", "nonsense"])
+def test_a_generator_that_is_none_is_told(change: str) -> None:
+    params = SamplingParams(temperature=1.0)
+    state = Sampler(params, [[1]]).state()
+    bad = state.generator[:-1] if change == "truncated" else b"x" * len(state.generator)
+    with pytest.raises(ConfigError, match="random generator is not one of torch"):
+        Sampler(params, [[1]], state=dataclasses.replace(state, generator=bad))
+
+
 def test_the_global_generator_is_left_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -104,6 +153,8 @@ def test_misuse_and_nonsense_are_told() -> None:
         Sampler(SamplingParams(), torch.tensor([1, 2]))
     with pytest.raises(LocalProtocolError, match="padding for 2 rows"):
         Sampler(SamplingParams(), [[1]], padding=[0, 0])
+    with pytest.raises(LocalProtocolError, match="state of 2 rows"):
+        Sampler(SamplingParams(), [[1]], state=SamplerState((False, False)))
     with pytest.raises(LocalProtocolError, match="logits must be"):
         Sampler(SamplingParams(), [[1]]).sample(torch.zeros(2, 9))
     with pytest.raises(ModelError, match="NaN"):

@@ -90,7 +90,9 @@ def half_a_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessSw
 
 def test_a_gap_in_coverage(half_a_model: ProcessSwarm) -> None:
     address = half_a_model.address
-    line = complaint(run_command("generate", "--bootstrap", address, "In the beginning"))
+    line = complaint(
+        run_command("generate", "--bootstrap", address, "--patience", "0", "In the beginning")
+    )
     assert "3:8" in line
     status = json.loads(run_command("status", "--json", "--bootstrap", address).stdout)
     [model] = status["models"]
@@ -101,11 +103,12 @@ def test_a_gap_in_coverage(half_a_model: ProcessSwarm) -> None:
 def test_a_prompt_longer_than_the_cache(half_a_model: ProcessSwarm) -> None:
     half_a_model.serve("demo", "3:8", options=["--cache-tokens", "32"])
     address = half_a_model.address
-    done = run_command("generate", "--bootstrap", address, "--max-new-tokens", "4", "word " * 40)
+    options = ("--bootstrap", address, "--patience", "0", "--max-new-tokens", "4")
+    done = run_command("generate", *options, "word " * 40)
     line = complaint(done)
     assert "KV cache" in line
     assert "32" in line
-    short = run_command("generate", "--bootstrap", address, "--max-new-tokens", "4", "word")
+    short = run_command("generate", *options, "word")
     assert short.returncode == 0, short.stderr
 
 
