@@ -230,6 +230,7 @@ class Ring:
                 self._outboxes[effect.peer_id].append(Probe(effect.nonce))
             elif isinstance(effect, DropHop):
                 if isinstance(event, HopCut | LinkCut | HopState | Ticked):
+                    logger.info("hop %s is lost: %s", effect.peer_id, effect.reason)
                     self._blame.failed(effect.peer_id)
                 self._drop_hop(effect)
             elif isinstance(effect, LinkFirst):
