@@ -61,13 +61,13 @@ class SwarmRouter:
                 await self._membership.refresh(self._fingerprint, self._num_blocks)
             # whatever it has brought, has to do
         plan = partial(self._plan, span=span, exclude=exclude, source=source, sink=sink)
-        try:
+        with contextlib.suppress(NoRoute):
             return plan(self._candidates(cache_tokens))
+        try:  # whoever failed a while ago is better than nobody, and asking the swarm takes longer
+            return plan(self._candidates(cache_tokens, urgent=True))
         except NoRoute:
             if not fresh:
                 raise
-        with contextlib.suppress(NoRoute):  # whoever failed a moment ago is better than nobody
-            return plan(self._candidates(cache_tokens, urgent=True))
         with contextlib.suppress(PeerError), trio.move_on_after(REFRESH_TIMEOUT):
             await self._membership.check_model(self._model_name, self._fingerprint)
         everybody = {peer.peer_id: peer for peer in self._candidates(0, urgent=True)}
