@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,13 @@ import trio
 import trio.testing
 from libp2p import new_host
 from libp2p.custom_types import TProtocol
+from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.peer.peerstore import PeerStore
+from libp2p.utils import varint
 from multiaddr import Multiaddr
-from petals.node.identity import new_identity
+from petals.node.identity import Identity, new_identity
 from petals.node.libp2p_addresses import announced_addresses
 from petals.node.libp2p_directory import DirectoryLimits, pack_record, unpack_record
 from petals.node.libp2p_guards import HostLimits
@@ -58,6 +60,28 @@ async def listening_on(*addresses: str) -> AsyncIterator[Libp2pNetwork]:
         new_identity(), merge=expiring_merge, clock=WallClock(), listen=addresses
     ) as network:
         yield network
+
+
+@asynccontextmanager
+async def dialling(
+    server: Libp2pNetwork, *, identity: Identity | None = None
+) -> AsyncIterator[Libp2pNetwork]:
+    async with open_network(
+        identity or new_identity(),
+        merge=expiring_merge,
+        clock=WallClock(),
+        bootstrap=server.multiaddrs,
+    ) as network:
+        yield network
+
+
+async def until_ended(stream: trio.SocketStream) -> None:
+    """Until the other side has closed the socket."""
+    try:
+        while await stream.receive_some():
+            pass
+    except trio.BrokenResourceError:
+        pass
 
 
 def port_of(network: Libp2pNetwork) -> int:
@@ -202,6 +226,83 @@ async def test_strangers_cannot_use_up_the_places_of_later_ones(world: Libp2pWor
             async with world.network(serve=False, bootstrap=server.multiaddrs):
                 assert len(server.connected_peers()) == 1
             await until_alone(server)
+
+
+async def test_of_a_peers_connections_the_oldest_gives_way(world: Libp2pWorld) -> None:
+    """The library would let it have any number for 20 s."""
+    world.limits = NetworkLimits(host=HostLimits(peer_connections=2))
+    async with world.network() as server, AsyncExitStack() as stack:
+        server.handle(ECHO, echo)
+        identity = new_identity()
+        clients = [
+            await stack.enter_async_context(dialling(server, identity=identity)) for _ in range(4)
+        ]
+        for client in clients[:2]:
+            await until_alone(client)
+        assert server.statistics().connections == 2
+        for client in clients[2:]:
+            stream = await client.open_stream(server.peer_id, [], ECHO)
+            await stream.send([b"alive"])
+            assert await receive_exactly(stream, 5) == b"alive"
+
+
+async def test_others_cannot_use_up_the_connections_that_we_dial(world: Libp2pWorld) -> None:
+    world.limits = NetworkLimits(host=HostLimits(connections=5))
+    async with world.network() as other, world.network() as server, AsyncExitStack() as stack:
+        other.handle(ECHO, echo)
+        for _ in range(4):
+            await stack.enter_async_context(dialling(server))
+        with pytest.raises(PeerError, match="no bootstrap peer"):
+            async with dialling(server):
+                pytest.fail("there was room for one more")
+        stream = await server.open_stream(other.peer_id, other.multiaddrs, ECHO)
+        await stream.close()
+
+
+async def test_strangers_who_never_finish_shaking_hands_keep_nobody_out(
+    world: Libp2pWorld,
+) -> None:
+    world.limits = NetworkLimits(host=HostLimits(handshakes=3))
+    async with world.network() as server, AsyncExitStack() as stack:
+        silent = [
+            await stack.enter_async_context(
+                await trio.open_tcp_stream("127.0.0.1", port_of(server))
+            )
+            for _ in range(5)
+        ]
+        await stack.enter_async_context(dialling(server))
+        with trio.fail_after(2):
+            for stream in silent[:2]:
+                await until_ended(stream)
+
+
+async def test_what_a_peer_says_of_itself_is_kept_within_bounds(world: Libp2pWorld) -> None:
+    """The library keeps, and tells others, a MiB of it."""
+    said = Identify(
+        listen_addrs=[
+            Multiaddr("/ip4/127.0.0.1/tcp/1" * 50).to_bytes(),
+            *(Multiaddr(f"/ip4/127.0.0.1/tcp/{port}").to_bytes() for port in range(1, 30)),
+        ],
+        protocols=[f"/{number}/{'x' * number}" for number in range(200)],
+    ).SerializeToString()
+
+    async def talk_much(stream: Stream) -> None:
+        await stream.send([varint.encode_uvarint(len(said)) + said])
+
+    async with world.network() as server, world.network(serve=False) as client:
+        client.handle("/ipfs/id/1.0.0", talk_much)
+        await client.connect(server.multiaddrs[0])
+        store, peer = server._swarm.peerstore, ID.from_string(client.peer_id)
+        with trio.fail_after(5):
+            while not store.supports_protocols(peer, ["/1/x"]):  # noqa: ASYNC110 - no event for it
+                await trio.sleep(0.01)
+        assert len(store.addrs(peer)) == 8
+        protocols = store.get_protocols(peer)
+        assert len(protocols) == 64
+        assert max(map(len, protocols)) < 128
+        store.add_addrs(peer, [Multiaddr("/ip4/127.0.0.1/tcp/99")], 60)
+        assert len(store.addrs(peer)) == 8
+        assert str(store.addrs(peer)[-1]).endswith("/99")
 
 
 async def test_bytes_of_strangers_harm_nobody(world: Libp2pWorld) -> None:
@@ -437,7 +538,7 @@ async def test_peer_ids_are_those_of_libp2p() -> None:
 PEER_PROCESS = """
 import sys, trio
 from petals.node.libp2p_network import open_network
-from petals.node.identity import new_identity
+from petals.node.identity import Identity, new_identity
 from support.networks import ECHO, LOOPBACK, WallClock, echo
 from support.memory_network import expiring_merge
 

@@ -23,6 +23,7 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from petals.node.identity import new_identity
 from petals.node.libp2p_yamux import Traffic, YamuxConnection
 from petals.node.libp2p_yamux_stream import YamuxLimits, YamuxStream
+from petals.protocol.admission import OPENS_AT_ONCE
 
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
@@ -325,6 +326,49 @@ async def test_the_peers_streams_are_limited() -> None:
         await raw.write(b"".join(frame(WINDOW_UPDATE, SYN, number, 0) for number in (1, 3, 5, 7)))
         assert await first_reset(raw) == 7
         assert sorted(connection.streams) == [1, 3, 5]
+
+
+async def test_the_peers_streams_are_counted_over_all_of_its_connections() -> None:
+    limits, traffic = YamuxLimits(streams=3), Traffic()
+    (first, first_end), (second, second_end) = connection_pair(), connection_pair()
+    connections = [
+        YamuxConnection(cast(ISecureConn, end), PEER, limits, traffic)
+        for end in (first_end, second_end)
+    ]
+    async with running(*connections):
+        await first.write(frame(WINDOW_UPDATE, SYN, 1, 0) + frame(WINDOW_UPDATE, SYN, 3, 0))
+        await connections[0].accept_stream()
+        await (await connections[0].accept_stream()).reset()
+        await second.write(b"".join(frame(WINDOW_UPDATE, SYN, number, 0) for number in (1, 3, 5)))
+        assert await first_reset(second) == 5
+    assert traffic.streams == {}
+
+
+async def test_a_peer_in_a_hurry_waits_for_its_turn(autojump_clock: object) -> None:
+    async with against_raw(YamuxLimits(opens_per_second=10)) as (connection, raw):
+
+        async def accept_all() -> float:
+            for _ in range(OPENS_AT_ONCE + 20):
+                await connection.accept_stream()
+            return trio.current_time()
+
+        started = trio.current_time()
+        for number in range(OPENS_AT_ONCE + 20):
+            await raw.write(frame(WINDOW_UPDATE, SYN, 2 * number + 1, 0))
+        assert await accept_all() - started == pytest.approx(2.0)
+
+
+async def test_streams_that_are_opened_and_reset_cost_no_turn(autojump_clock: object) -> None:
+    async with against_raw(YamuxLimits(opens_per_second=1)) as (connection, raw):
+        for number in range(1, 1001, 2):
+            await raw.write(
+                frame(WINDOW_UPDATE, SYN, number, 0) + frame(WINDOW_UPDATE, RST, number, 0)
+            )
+        await raw.write(frame(WINDOW_UPDATE, SYN, 1001, 0))
+        started = trio.current_time()
+        assert (await connection.accept_stream()).stream_id == 1001
+        assert trio.current_time() - started < 1
+        assert sorted(connection.streams) == [1001]
 
 
 @pytest.mark.parametrize(
