@@ -10,7 +10,7 @@ from petals.protocol.errors import ErrorCode
 from petals.protocol.frames import Close, Open, Output, Refused, Step
 from support.processes import ProcessSwarm, figures_of, swarm
 from support.reference import ReferenceModel
-from support.strangers import HELLO, Attack, Stranger, attacking, said
+from support.strangers import HELLO, Attack, RawStream, Stranger, attacking, said
 
 CACHE_TOKENS = 10_000
 SESSIONS = 3
@@ -41,17 +41,23 @@ async def refusal(stranger: Stranger, opening: Open) -> Refused:
     return refused
 
 
+async def end(*controls: RawStream) -> None:
+    """Close sessions; when this returns, the node has."""
+    for control in controls:
+        await control.send(said(Close("over")))
+        await control.rest()
+
+
 async def test_a_peer_with_many_sessions_is_told_when_to_ask_again(attack: Attack) -> None:
     before = (await figures_of(attack.honest, attack.node)).get("refused busy", 0)
     async with attack.stranger() as greedy, attack.stranger() as other:
-        controls = [await greedy.session(attack.opening(greedy)) for _ in range(SESSIONS)]
+        first, *others = [await greedy.session(attack.opening(greedy)) for _ in range(SESSIONS)]
         refused = await refusal(greedy, attack.opening(greedy))
         assert "you have 3 sessions here" in refused.reason
         assert refused.retry_after == RETRY_AFTER
-        await (await other.session(attack.opening(other))).close()
-        await controls[0].send(said(Close("make room")))
-        await controls[0].rest()
-        await greedy.session(attack.opening(greedy))
+        await end(await other.session(attack.opening(other)))
+        await end(first)
+        await end(*others, await greedy.session(attack.opening(greedy)))
     figures = await figures_of(attack.honest, attack.node)
     assert figures["refused busy"] == before + 1
 
@@ -64,12 +70,14 @@ async def test_one_session_may_be_large_and_several_share_half_of_the_cache(
         refused = await refusal(stranger, attack.opening(stranger, max_tokens=1))
         assert "6000 of the 5000 tokens of KV cache that one peer may have" in refused.reason
         assert refused.retry_after == RETRY_AFTER
-        await large.send(said(Close("make room")))
-        await large.rest()
-        await stranger.session(attack.opening(stranger, max_tokens=2000))
-        await stranger.session(attack.opening(stranger, max_tokens=3000))
+        await end(large)
+        smaller = [
+            await stranger.session(attack.opening(stranger, max_tokens=tokens))
+            for tokens in (2000, 3000)
+        ]
         refused = await refusal(stranger, attack.opening(stranger, max_tokens=1))
         assert "5000 of the 5000" in refused.reason
+        await end(*smaller)
 
 
 async def test_sessions_that_linger_give_way_to_the_next_of_their_peer(attack: Attack) -> None:
@@ -98,7 +106,7 @@ async def test_more_steps_than_may_wait_are_computed_all_the_same(attack: Attack
             if output.rewind == rewinds - 1:
                 assert output.position == rows - 1
                 break
-        await control.close()
+        await end(control)
 
     async with attack.stranger() as stranger, trio.open_nursery() as nursery:
         for _ in range(SESSIONS):
