@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import trio
 
 from ..protocol.announcement import Announcement, decode_signed
+from ..protocol.checks import MAX_PLAIN_FRAME
 from ..protocol.errors import ErrorCode, PeerError, RemoteProtocolError
 from ..protocol.frames import DESCRIBE_PROTOCOL, Describe, Description, Hello
 from .frame_stream import FrameStream, failed, open_frame_stream
@@ -22,7 +23,7 @@ async def answer(
     figures: Callable[[], Mapping[str, float]],
 ) -> None:
     """Serve one inbound stream of the describe protocol."""
-    frames = FrameStream(stream, hello)
+    frames = FrameStream(stream, hello, limit=MAX_PLAIN_FRAME)
     with trio.move_on_after(TIMEOUT):
         try:
             if isinstance(await frames.receive(), Describe):

@@ -4,7 +4,7 @@ import collections
 
 import trio
 
-from ..protocol.checks import MAX_REASON
+from ..protocol.checks import MAX_FRAME, MAX_REASON
 from ..protocol.codec import FrameDecoder, encode
 from ..protocol.errors import ErrorCode, PeerError, RemoteProtocolError
 from ..protocol.frames import PROTOCOL_VERSION, Failed, Frame, Hello, Refused
@@ -18,11 +18,12 @@ SEND_TIMEOUT = 60.0
 class FrameStream:
     """One stream of frames to a peer. Each side's first frame is ``hello``; it is added here."""
 
-    def __init__(self, stream: Stream, hello: Hello) -> None:
+    def __init__(self, stream: Stream, hello: Hello, *, limit: int = MAX_FRAME) -> None:
+        """``limit``: bytes of the largest frame that is waited for."""
         self._stream = stream
         self._hello: Hello | None = hello
         self._greeted = False
-        self._decoder = FrameDecoder()
+        self._decoder = FrameDecoder(limit)
         self._received: collections.deque[Frame] = collections.deque()
         self._send_lock = trio.Lock()
 
@@ -30,6 +31,10 @@ class FrameStream:
     def peer_id(self) -> str:
         """Who is at the other end."""
         return self._stream.peer_id
+
+    def allow(self, limit: int) -> None:
+        """Wait for frames of up to so many bytes from now on."""
+        self._decoder.limit = limit
 
     async def send(self, *frames: Frame) -> None:
         """Send the frames in order. Raises PeerError when the stream is broken or stuck."""

@@ -74,8 +74,9 @@ class DirectoryLimits:
     """How long a peer may keep a stream of questions open."""
     streams: int = 64
     """Inbound question streams served at once; more are refused."""
-    stored_bytes: int = 64 * 1024 * 1024
-    """Of entries that we hold for others; new keys are refused beyond it."""
+    stored_keys: int = 1024
+    """Keys that we hold entries of, for others; new ones are refused beyond it. Each can grow to the
+    64 KiB of a record, so that all are 64 MiB at most; a model of 80 blocks has eleven."""
     refresh_seconds: float = 60.0
     """Between lookups that keep the routing table fresh."""
 
@@ -90,7 +91,6 @@ class _MergingStore(ValueStore):
         self._merge, self._clock, self._limits = merge, clock, limits
         self._entries: dict[bytes, list[bytes]] = {}
         self._merged_at: dict[bytes, float] = {}
-        self._stored = 0
 
     def put_record(self, key: bytes, record: Record) -> None:
         """Merge the entries of an incoming record; raises if none of them is acceptable."""
@@ -102,7 +102,7 @@ class _MergingStore(ValueStore):
         acceptable = self._merge([], incoming, now)
         if not acceptable:
             raise RemoteProtocolError("no entry of the record is valid")
-        if key not in self._entries and self._stored > self._limits.stored_bytes:
+        if key not in self._entries and len(self._entries) >= self._limits.stored_keys:
             raise RemoteProtocolError("no room for another key")
         self._replace(key, self._merge(self._entries.get(key, []), acceptable, now), now)
 
@@ -130,11 +130,10 @@ class _MergingStore(ValueStore):
         return len(self._entries)
 
     def _replace(self, key: bytes, entries: list[bytes], now: float) -> None:
-        self._stored -= sum(map(len, self._entries.pop(key, [])))
+        self._entries.pop(key, None)
         self._merged_at.pop(key, None)
         if entries:
             self._entries[key], self._merged_at[key] = entries, now
-            self._stored += sum(map(len, entries))
 
 
 class _RefusingProviders(ProviderStore):

@@ -23,8 +23,8 @@ import trio
 
 from ..inference.engine import Engine, Priority
 from ..protocol.admission import Admission, AdmissionLimits, NotAdmitted, Ticket
-from ..protocol.checks import Peer
-from ..protocol.codec import max_rows
+from ..protocol.checks import MAX_PLAIN_FRAME, Peer
+from ..protocol.codec import max_frame, max_rows
 from ..protocol.errors import (
     CacheFull,
     ErrorCode,
@@ -214,7 +214,7 @@ class Relay:
 
     async def handle(self, stream: Stream) -> None:
         """Serve one inbound stream of the session protocol."""
-        frames = FrameStream(stream, self._hello)
+        frames = FrameStream(stream, self._hello, limit=MAX_PLAIN_FRAME)
         try:
             first = None
             with trio.move_on_after(FIRST_FRAME_TIMEOUT):
@@ -428,7 +428,8 @@ class Relay:
                 raise RemoteProtocolError(f"{frame.KIND} has no place on a control stream")
             for reply in session.receive(frame):
                 await control.send(self._with_passes(reply.frame))
-            self._changed.notify()  # a link may have been waiting for this epoch
+            if isinstance(frame, Relink):
+                self._changed.notify()  # a link may have been waiting for this epoch
 
     def _with_passes(self, frame: Resume | State) -> Frame:
         """A hop knows nothing of what its node does for others."""
@@ -553,6 +554,10 @@ class Relay:
     async def _serve_link(self, stream: FrameStream, link: Link) -> None:
         session = await self._welcome(stream.peer_id, link)
         session.link_scope.cancel()  # a predecessor that links again has lost the link before
+        opened = session.opened
+        stream.allow(  # one step cannot have more rows than the session
+            max_frame(opened.max_tokens, opened.batch, self._hidden_size, opened.wire_dtype)
+        )
         with trio.CancelScope() as session.link_scope:
             try:
                 for reply in session.receive(Linked()):

@@ -17,6 +17,8 @@ MAX_FRAME = 4 * 1024 * 1024
 also what lets a long prompt fill the pipeline of hops."""
 MAX_HEADER = 16 * 1024
 """Bytes of a frame's header. The largest real one, ``open`` with 64 paddings, is below 3 KiB."""
+MAX_PLAIN_FRAME = MAX_HEADER + 1
+"""The same of a frame without tensors."""
 MAX_BATCH = 64
 """Sequences in one session; a row of 64 BLOOM-176B hidden states in fp32 still fits a frame."""
 MAX_TOKENS = 1 << 20

@@ -22,6 +22,7 @@ from .checks import (
     LENGTH_BYTES,
     MAX_FRAME,
     MAX_HEADER,
+    MAX_PLAIN_FRAME,
     BadValueError,
     Peer,
     dtype,
@@ -87,6 +88,12 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
 def max_rows(batch: int, hidden_size: int, dtype: DType) -> int:
     """How many rows of a session's hidden states fit one frame; 0 if not even one does."""
     return (MAX_FRAME - MAX_HEADER) // (batch * dtype.row_bytes(hidden_size))
+
+
+def max_frame(rows: int, batch: int, hidden_size: int, dtype: DType) -> int:
+    """The most bytes of a frame with up to so many rows of a session's hidden states."""
+    tensor = _BIN_PREFIX + rows * batch * dtype.row_bytes(hidden_size)
+    return min(MAX_FRAME, MAX_PLAIN_FRAME + tensor)
 
 
 def _shown(value: Any) -> str:
@@ -176,7 +183,10 @@ class FrameDecoder:
     After a ``RemoteProtocolError`` the stream has lost its meaning: close it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_FRAME) -> None:
+        self.limit = limit
+        """The most bytes of a frame that the rest is waited for: what a peer can make us hold. One
+        that is there already is taken, so that the limit may be raised by the frame before it."""
         self._pending = bytearray()
         self._wanted = LENGTH_BYTES
         """Bytes that must be pending before there is anything new to see in them."""
@@ -193,6 +203,7 @@ class FrameDecoder:
         small the peer cuts frames or data. Raises RemoteProtocolError.
         """
         if self._pending:
+            self._check(self._wanted - LENGTH_BYTES, self.limit)
             self._pending += data
             if len(self._pending) < self._wanted:
                 return []
@@ -204,8 +215,7 @@ class FrameDecoder:
             if len(view) < self._wanted:
                 break
             length = int.from_bytes(view[:LENGTH_BYTES], "big")
-            if length > MAX_FRAME:
-                raise RemoteProtocolError(f"a frame of {length} bytes is over {MAX_FRAME}")
+            self._check(length, MAX_FRAME)
             self._wanted += length
             if len(view) < self._wanted:
                 break
@@ -213,3 +223,7 @@ class FrameDecoder:
             view = view[self._wanted :]
         self._pending = bytearray(view)
         return complete
+
+    def _check(self, length: int, limit: int) -> None:
+        if length > limit:
+            raise RemoteProtocolError(f"a frame of {length} bytes is over {limit}")

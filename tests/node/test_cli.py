@@ -32,6 +32,8 @@ def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "--model", "demo", "--num-blocks", "2", "--blocks", "0:2"], "not both"),
         (["run", "--blocks", "0:2"], "--model"),
         (["run", "--cache-tokens", "-1"], "--cache-tokens: -1 is too few"),
+        (["run", "--peer-sessions", "0"], "--peer-sessions: must be at least 1, got 0"),
+        (["run", "--peer-cache-share", "2"], "--peer-cache-share: must be above 0 and at most 1"),
         (["run", "--dtype", "float8"], "float8"),
         (["run", "--public-name", "a\nb"], "public_name"),
         (["run", "--listen", "0.0.0.0:31330"], "--listen: '0.0.0.0:31330' is not a multiaddr"),

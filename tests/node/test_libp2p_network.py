@@ -458,7 +458,7 @@ async def test_the_directory_cleans_up_and_stays_fresh_by_itself(world: Libp2pWo
 
 
 async def test_a_holder_takes_no_more_keys_than_it_has_room_for(world: Libp2pWorld) -> None:
-    world.limits = NetworkLimits(directory=DirectoryLimits(stored_bytes=10))
+    world.limits = NetworkLimits(directory=DirectoryLimits(stored_keys=1))
     async with (
         world.network() as first,
         world.network(serve=False, bootstrap=first.multiaddrs) as client,

@@ -5,8 +5,8 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from petals.protocol.checks import MAX_FRAME, MAX_HEADER
-from petals.protocol.codec import FrameDecoder, encode, max_rows
+from petals.protocol.checks import MAX_FRAME, MAX_HEADER, MAX_PLAIN_FRAME
+from petals.protocol.codec import FrameDecoder, encode, max_frame, max_rows
 from petals.protocol.errors import LocalProtocolError, RemoteProtocolError
 from petals.protocol.frames import FRAMES, Close, Description, Frame, Output, Probe, State
 from petals.protocol.tensor import DType, WireTensor
@@ -208,6 +208,34 @@ def test_a_text_that_is_not_unicode_is_not_sent() -> None:
 def test_a_frame_that_is_too_long_is_refused_by_its_length_alone(length: int) -> None:
     assert refused(length.to_bytes(4, "big")) == f"a frame of {length} bytes is over {MAX_FRAME}"
     assert "is over" in refused(wire(Probe(1)) + length.to_bytes(4, "big"))
+
+
+def test_the_rest_of_a_frame_over_the_limit_is_not_waited_for() -> None:
+    decoder = FrameDecoder(MAX_PLAIN_FRAME)
+    long = wire(Output(0, 0, WireTensor(DType.FLOAT32, (1, 8192, 1), bytes(4 * 8192))))
+    assert decoder.feed(long[:100]) == []
+    with pytest.raises(RemoteProtocolError, match=f"is over {MAX_PLAIN_FRAME}"):
+        decoder.feed(long[100:200])
+
+
+def test_what_is_there_already_is_taken_and_may_raise_the_limit() -> None:
+    decoder = FrameDecoder(MAX_PLAIN_FRAME)
+    long = wire(Output(0, 0, WireTensor(DType.FLOAT32, (1, 8192, 1), bytes(4 * 8192))))
+    probe, _output = decoder.feed(wire(Probe(1)) + long)
+    assert probe == Probe(1)
+    assert decoder.feed(wire(Probe(2)) + long[:100]) == [Probe(2)]
+    decoder.limit = MAX_FRAME
+    assert len(decoder.feed(long[100:])) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100_000])
+def test_a_limit_for_so_many_rows_lets_them_through(rows: int) -> None:
+    limit = max_frame(rows, 2, 8, DType.FLOAT32)
+    assert limit <= MAX_FRAME
+    if rows < 100:
+        frame = Output(0, 0, WireTensor(DType.FLOAT32, (2, rows, 8), bytes(2 * rows * 8 * 4)))
+        assert limit > MAX_PLAIN_FRAME
+        assert len(wire(frame)) - 4 <= limit < len(wire(frame)) + MAX_PLAIN_FRAME
 
 
 def test_a_frame_as_long_as_may_be_is_waited_for() -> None:

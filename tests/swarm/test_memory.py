@@ -12,6 +12,7 @@ import psutil
 import pytest
 import trio
 from petals.node.identity import new_identity
+from petals.protocol.checks import MAX_FRAME
 from petals.protocol.frames import DESCRIBE_PROTOCOL, Close, Describe, Probe, Step
 from support.processes import DEADLINE, ProcessSwarm, figures_until, idle, swarm
 from support.reference import ReferenceModel
@@ -138,6 +139,7 @@ async def sleep_through_everything(stranger: Stranger) -> float:
         controls.append(await stranger.session(opening))
         link = await stranger.link(opening)
         await link.send(said(attack.step(rows=ROWS)))
+        await link.send(MAX_FRAME.to_bytes(4, "big") + bytes(MAX_FRAME - 1))  # and not the rest
         asking = await stranger.stream(DESCRIBE_PROTOCOL)
         await asking.send(said(HELLO, Describe()))
     async with trio.open_nursery() as nursery:
