@@ -502,8 +502,11 @@ class Relay:
         await trio.sleep_forever()
 
     async def _send_outgoing(self, session: RelayedSession, stream: FrameStream, rows: int) -> None:
+        scope = session.successor_scope
         while True:
-            outgoing = session.hop.next_outgoing(rows)
+            # What is due is due on the newest stream: a task that was woken and cancelled in the same
+            # tick must not take it along.
+            outgoing = None if scope.cancel_called else session.hop.next_outgoing(rows)
             if outgoing is None:
                 await session.changed.wait()
             else:
