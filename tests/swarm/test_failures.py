@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
+import torch
 import trio
 from petals.inference.sampling_params import SamplingParams
 from petals.node.node import Node, wall_clock
-from petals.node.originate import GenerationHandle, GenerationState
+from petals.node.originate import GenerationHandle, GenerationState, Session
 from petals.protocol.chain import ChainState
 from support.processes import (
     DEADLINE,
@@ -36,6 +37,10 @@ ONE = ("And it came to pass in those days",)
 FOUR = (*ONE, "The king", "Who art thou, lord of the house?", "In the beginning was a word")
 GREEDY = SamplingParams(max_new_tokens=100)
 SEEDED = SamplingParams(max_new_tokens=100, temperature=0.8, top_p=0.95, seed=11)
+SHORT = (
+    SamplingParams(max_new_tokens=6),
+    SamplingParams(max_new_tokens=6, temperature=0.8, seed=3),
+)
 TOKENS = 10
 """Before a fault."""
 SESSIONS = [(ONE, GREEDY), (FOUR, GREEDY), (ONE, SEEDED), (FOUR, SEEDED)]
@@ -201,34 +206,50 @@ async def test_a_hop_hangs(random_bloom: ReferenceModel, processes: ProcessSwarm
 async def test_a_hop_is_killed_in_the_middle_of_a_prompt(
     random_bloom: ReferenceModel, processes: ProcessSwarm
 ) -> None:
-    """The hop is stopped before, so that the prompt is surely still under way."""
-    await trio.to_thread.run_sync(replenish, processes, random_bloom)
-    prompt, params = random_bloom.prompt(500), SamplingParams(max_new_tokens=5)
-    async with originating(processes, random_bloom.name, patience=60.0) as node:
+    """The hop is stopped before, so that the prompts are surely still under way."""
+    model = random_bloom
+    await trio.to_thread.run_sync(replenish, processes, model)
+    tokens = model.tokenizer(model.prompt(600))["input_ids"]
+    prompts = [tokens[start : start + 300] for start in (0, 100, 200, 300)]
+    async with (
+        originating(processes, model.name, patience=60.0) as node,
+        contextlib.AsyncExitStack() as stack,
+    ):
         first, middle = processes.nodes[0], processes.nodes[1]
         before = await figures_of(node, first)
-        async with node.open_session(520) as session:
-            ring = session.ring
-            assert ring is not None
-            with out_of_favour(node, processes):
-                await until(lambda: ring.state is ChainState.RUNNING)
-            middle.send_signal(signal.SIGSTOP)
-            new: list[int] = []
+        with out_of_favour(node, processes):
+            sessions = [
+                await stack.enter_async_context(node.open_session(320, batch=batch))
+                for batch in (1, 4, 1, 4)
+            ]
+            await until(lambda: all(is_running(session) for session in sessions))
+        middle.send_signal(signal.SIGSTOP)
+        texts: list[list[list[int]]] = [[[] for _ in range(batch)] for batch in (1, 4, 1, 4)]
 
-            def take(tokens: list[int]) -> list[bool]:
-                new.extend(tokens)
-                return [False]
+        async def write(number: int) -> None:
+            def take(new: list[int]) -> list[bool]:
+                for text, token in zip(texts[number], new, strict=True):
+                    text.append(token)
+                return [False] * len(new)
 
-            async def write() -> None:
-                tokens = random_bloom.tokenizer(prompt)["input_ids"]
-                await session.write([tokens], params, take)
+            batch = prompts[: len(texts[number])]
+            await sessions[number].write(batch, SHORT[number // 2], take)
 
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(write)
-                await figures_until(node, first, lambda now: now["rows"] > before["rows"])
-                kill(middle)
-            assert [new] == random_bloom.generate((prompt,), params)
-            assert ring.recoveries >= 1
+        async with trio.open_nursery() as nursery:
+            for number in range(len(sessions)):
+                nursery.start_soon(write, number)
+            await figures_until(node, first, lambda now: now["rows"] > before["rows"])
+            kill(middle)
+        for number, text in enumerate(texts):
+            ids = torch.tensor(prompts[: len(text)])
+            expected = model._continue(ids, torch.ones_like(ids), SHORT[number // 2])
+            assert text == expected
+            ring = sessions[number].ring
+            assert ring is not None and ring.recoveries >= 1
+
+
+def is_running(session: Session) -> bool:
+    return session.ring is not None and session.ring.state is ChainState.RUNNING
 
 
 async def test_a_replaced_hop_costs_the_others_nothing(
