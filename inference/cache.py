@@ -108,12 +108,20 @@ class LaneCache:
         leaves nothing behind.
         """
         total = self.length + keys.shape[2]
-        if total > self._max_tokens:
-            raise LocalProtocolError(f"{total} tokens in a cache reserved for {self._max_tokens}")
-        cached_keys, cached_values = self._room(block, total)
+        cached_keys, cached_values = self.make_room(block, keys.shape[2])
         cached_keys[:, :, self.length : total] = keys
         cached_values[:, :, self.length : total] = values
         return cached_keys[:, :, :total], cached_values[:, :, :total]
+
+    def make_room(self, block: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of ``block``, ``[heads, head_dim, capacity]``.
+
+        There is room for ``rows`` tokens behind ``length``, which the caller writes.
+        """
+        total = self.length + rows
+        if total > self._max_tokens:
+            raise LocalProtocolError(f"{total} tokens in a cache reserved for {self._max_tokens}")
+        return self._room(block, total)
 
     @property
     def device(self) -> torch.device:

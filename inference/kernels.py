@@ -6,10 +6,10 @@ that is missing, fails, or gives wrong figures is out, and of the others the fir
 a later one is clearly faster. The ops behind most of them are undocumented parts of torch (what
 Inductor emits, what quantised modules call); that is why they are tried before they are trusted.
 
-What was measured on 2 cores with AVX2 (4096 × 16384, against 29 GB/s of memory bandwidth):
-``F.linear`` in float32 streams its weights at 21 GB/s for one row and at 4 for four; oneDNN's
-reordered weights at 22 and 18; fbgemm's float16 weights at 25–29 and 21, at half the bytes.
-``scripts/bench`` measures anew.
+What was measured (4096 × 16384, 2 cores, memory at about 30 GB/s): with AVX2, ``F.linear`` in
+float32 streams its weights at 21 GB/s for one row and at 4 for four; oneDNN's reordered weights at
+22 and 18; fbgemm's float16 weights at 25–29 and 21, at half the bytes. With AVX-512, for 1, 8 and
+16 rows, fbgemm's at 21, 15 and 8, our own at 27, 20 and 13. ``scripts/bench`` measures anew.
 """
 
 import functools
@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from ..protocol.errors import ConfigError
+from .native import native
 
 _ROWS = (1, 16)
 """A kernel is judged by one decoding session and by many."""
@@ -99,6 +100,28 @@ class Reordered:
         rows_, weight = rows.to(self._dtype), self._weight
         result: torch.Tensor = self._linear(rows_, weight, self._bias, "none", [], "")
         return result.to(rows.dtype)
+
+
+class NativeHalf:
+    """Our own product (``native.py``): 16-bit weights of either kind, float32 rows and sums.
+
+    Weights that 16 bits hold exactly give what float32 weights give, but for the order of the sums.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        library = native()
+        if library is None:
+            raise RuntimeError("native.c cannot be had here")
+        self._multiply = library.multiply
+        self._packed = library.pack(weight)
+        self._bias = None
+        if bias is not None:
+            self._bias = torch.zeros(self._packed.padded)
+            self._bias[: len(bias)] = bias
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Kernel``."""
+        return self._multiply(rows, self._packed, self._bias)
 
 
 class FbgemmHalf:
@@ -267,8 +290,8 @@ class BitsandbytesInt8:
 
 _KERNELS: dict[tuple[str, WeightFormat], tuple[MakeKernel, ...]] = {
     ("cpu", WeightFormat.FLOAT32): (Reordered,),
-    ("cpu", WeightFormat.FLOAT16): (FbgemmHalf,),
-    ("cpu", WeightFormat.BFLOAT16): (Reordered,),
+    ("cpu", WeightFormat.FLOAT16): (NativeHalf, FbgemmHalf),
+    ("cpu", WeightFormat.BFLOAT16): (NativeHalf, Reordered),
     ("cpu", WeightFormat.INT8): (FbgemmInt8, WeightOnlyInt8),
     ("cpu", WeightFormat.NF4): (BitsandbytesNf4, PackedInt4),
     ("cuda", WeightFormat.INT8): (BitsandbytesInt8,),
@@ -276,6 +299,15 @@ _KERNELS: dict[tuple[str, WeightFormat], tuple[MakeKernel, ...]] = {
 }
 """What may be faster than ``Plain``, or is needed because ``Plain`` cannot hold the format; the
 better one first, by what it costs in error and in memory."""
+
+
+_WIDENING: tuple[MakeKernel, ...] = (NativeHalf, FbgemmHalf)
+"""Those that widen 16-bit weights as they read them, and compute in float32."""
+
+
+def widens(weights: WeightFormat, device: torch.device) -> bool:
+    """Whether 16-bit ``weights`` cost nothing but the bits that they lack: sums are float32."""
+    return device.type == "cpu" and choose_kernel(weights, device) in _WIDENING
 
 
 def choose_kernel(weights: WeightFormat, device: torch.device) -> MakeKernel:

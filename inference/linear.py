@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from .kernels import FbgemmHalf, Kernel, WeightFormat, choose_kernel
+from .kernels import Kernel, WeightFormat, choose_kernel, widens
 
 PIECE = 1 << 24
 """Weights of a piece: while it is packed, it takes 64 MiB in float32."""
@@ -49,7 +49,7 @@ def pack_linear(
 ) -> Linear:
     """Hold the matrix of ``shape`` ``[out, in]`` that ``read`` gives, piece by piece.
 
-    In ``FLOAT32``, pieces that float16 holds exactly are held in float16 where a kernel computes
+    In ``FLOAT32``, pieces that 16 bits hold exactly are held in 16 bits where a kernel computes
     with them in float32: the same figures at half the memory and bandwidth.
     """
     kernels: list[Kernel] = []
@@ -70,8 +70,8 @@ def _pieces(shape: torch.Size, device: torch.device) -> Iterator[tuple[int, int]
 
 
 def _pack(piece: torch.Tensor, bias: torch.Tensor | None, weights: WeightFormat) -> Kernel:
-    if weights is WeightFormat.FLOAT32 and _held_in_half(piece):
-        weights = WeightFormat.FLOAT16
+    if weights is WeightFormat.FLOAT32:
+        weights = _exact_half(piece) or weights
     make = choose_kernel(weights, piece.device)
     if weights.quantized:
         try:
@@ -83,10 +83,13 @@ def _pack(piece: torch.Tensor, bias: torch.Tensor | None, weights: WeightFormat)
     )
 
 
-def _held_in_half(piece: torch.Tensor) -> bool:
-    """Whether float16 holds ``piece`` exactly, and there is a kernel that adds up in float32."""
-    if piece.device.type != "cpu":
-        return False
-    if choose_kernel(WeightFormat.FLOAT16, piece.device) is not FbgemmHalf:
-        return False
-    return piece.dtype == torch.float16 or torch.equal(piece.half().to(piece.dtype), piece)
+def _exact_half(piece: torch.Tensor) -> WeightFormat | None:
+    """The 16-bit format that holds ``piece`` exactly and computes in float32, if there is one."""
+    for half in (WeightFormat.FLOAT16, WeightFormat.BFLOAT16):
+        if not widens(half, piece.device):
+            continue
+        if piece.dtype == half.torch_dtype:
+            return half
+        if torch.equal(piece.to(half.torch_dtype).to(piece.dtype), piece):
+            return half
+    return None

@@ -5,8 +5,8 @@ weights take float32 rows and accumulate in float32, so narrower weights save me
 and hidden states lose nothing. On CUDA, hidden states are of the weights' dtype.
 
 ``auto`` is what the machine is fastest in without rounding the checkpoint's weights: on a CPU,
-float32 for a checkpoint in float32 or float16 (of which float16 weights are held as such, without
-loss: ``linear.py``), and the faster 16-bit kernel for one in bfloat16; on CUDA 16 bit.
+float32 for a checkpoint in float32 or in 16 bits that a kernel widens as it reads them (which are
+held as such, without loss: ``linear.py``), else the faster 16-bit kernel; on CUDA 16 bit.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from enum import StrEnum
 import torch
 
 from ..protocol.errors import ConfigError
-from .kernels import WeightFormat, probe_seconds
+from .kernels import WeightFormat, probe_seconds, widens
 
 DTYPES = tuple(name.value for name in WeightFormat if not name.quantized)
 """What ``--dtype`` takes besides ``auto``."""
@@ -82,7 +82,7 @@ def resolve_precision(
 def _fastest_on_cpu(
     device: torch.device, stored: torch.dtype | None, *, quantized: bool
 ) -> WeightFormat:
-    if stored != torch.bfloat16 and not quantized:
+    if not quantized and (stored != torch.bfloat16 or widens(WeightFormat.BFLOAT16, device)):
         return WeightFormat.FLOAT32
     halves = (WeightFormat.FLOAT16, WeightFormat.BFLOAT16)
     return min(halves, key=lambda weights: probe_seconds(weights, device))

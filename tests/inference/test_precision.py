@@ -29,6 +29,10 @@ def test_a_cpu_computes_in_float32_whatever_the_weights_are() -> None:
 
 def test_auto_on_a_cpu_does_not_round_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "probe_seconds", lambda weights, _: FAST_HALF[weights])
+    monkeypatch.setattr(precision, "widens", lambda *_: True)
+    for stored in (torch.float32, torch.float16, torch.bfloat16, None):
+        assert resolve("auto", CPU, stored)[0] == "float32"
+    monkeypatch.setattr(precision, "widens", lambda *_: False)
     for stored in (torch.float32, torch.float16, None):
         assert resolve("auto", CPU, stored)[0] == "float32"
     assert resolve("auto", CPU, torch.bfloat16) == ("float16", torch.float32, torch.float16)

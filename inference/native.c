@@ -1,0 +1,402 @@
+/* The two products that decoding waits for, for x86 processors with AVX2 or AVX-512.
+
+   What libraries have for them reaches two thirds of the memory's speed for one row, or loses its
+   time between many small calls. native.py compiles this file for the processor at hand and calls it
+   through C's own types, so nothing here knows Python or torch.
+
+   Rules of this file: it allocates nothing but small buffers on the stack, keeps nothing between
+   calls, and trusts its caller: native.py has checked shapes, dtypes and contiguity. Threads are
+   OpenMP's, of the library that torch has loaded already. A result does not depend on what else is
+   in the batch, nor on the number of threads. */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#if defined(__AVX512F__)
+typedef __m512 vec;
+#define LANES 16
+#define MAX_TILE 14 /* rows: with two vectors of features each, what 32 registers hold */
+#define LOAD _mm512_loadu_ps
+#define STORE _mm512_storeu_ps
+#define SET _mm512_set1_ps
+#define FMA _mm512_fmadd_ps
+#define ADD _mm512_add_ps
+#define MUL _mm512_mul_ps
+#define MAX _mm512_max_ps
+#define ROUND(x) _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define ZERO_IF_LESS(v, a, b) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), v)
+#define SUM _mm512_reduce_add_ps
+#define LARGEST _mm512_reduce_max_ps
+INLINE vec from_half(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+INLINE vec from_brain(const uint16_t *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+INLINE vec power_of_two(vec whole) {
+    __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+}
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+typedef __m256 vec;
+#define LANES 8
+#define MAX_TILE 6 /* 16 registers */
+#define LOAD _mm256_loadu_ps
+#define STORE _mm256_storeu_ps
+#define SET _mm256_set1_ps
+#define FMA _mm256_fmadd_ps
+#define ADD _mm256_add_ps
+#define MUL _mm256_mul_ps
+#define MAX _mm256_max_ps
+#define ROUND(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define ZERO_IF_LESS(v, a, b) _mm256_and_ps(v, _mm256_cmp_ps(a, b, _CMP_GE_OQ))
+INLINE float SUM(vec v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+INLINE float LARGEST(vec v) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+INLINE vec from_half(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+INLINE vec from_brain(const uint16_t *p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE vec power_of_two(vec whole) {
+    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+#else
+#error "neither AVX-512 nor AVX2 with FMA and F16C"
+#endif
+
+enum dtype { FLOAT32, FLOAT16, BFLOAT16 };
+
+INLINE size_t width(enum dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+INLINE vec load(const void *p, enum dtype dtype) {
+    switch (dtype) {
+    case FLOAT16: return from_half(p);
+    case BFLOAT16: return from_brain(p);
+    default: return LOAD(p);
+    }
+}
+
+/* ---- rows times a matrix --------------------------------------------------------------------
+
+   Weights are packed in panels: PANEL output features, all inputs, feature by feature within one
+   input. Walking through a panel reads memory in order, and a vector holds neighbouring features,
+   so nothing has to be summed across a vector. */
+
+#define PANEL (2 * LANES)
+#define DEPTH 2048 /* inputs at once: a panel's part and its rows' stay in the second-level cache */
+#define BLOCK_ROWS (8 * MAX_TILE)
+
+ptrdiff_t panel_features(void) { return PANEL; }
+ptrdiff_t block_rows(void) { return BLOCK_ROWS; }
+
+/* `out` [rows, features] += `x` times `panels` panels; x is packed [count][rows]. */
+INLINE void tile(const uint16_t *w, ptrdiff_t panel_size, const float *x, float *out,
+                 ptrdiff_t features, ptrdiff_t count, const int rows, const int panels,
+                 const enum dtype dtype) {
+    vec sums[4][2][MAX_TILE];
+    UNROLL for (int p = 0; p < panels; p++)
+        UNROLL for (int v = 0; v < 2; v++)
+            UNROLL for (int r = 0; r < rows; r++)
+                sums[p][v][r] = LOAD(out + r * features + p * PANEL + v * LANES);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        UNROLL for (int p = 0; p < panels; p++) {
+            const uint16_t *row = w + p * panel_size + i * PANEL;
+            _mm_prefetch((const char *)(row + 32 * PANEL), _MM_HINT_T0);
+            const vec left = load(row, dtype), right = load(row + LANES, dtype);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const vec value = SET(x[i * rows + r]);
+                sums[p][0][r] = FMA(left, value, sums[p][0][r]);
+                sums[p][1][r] = FMA(right, value, sums[p][1][r]);
+            }
+        }
+    }
+    UNROLL for (int p = 0; p < panels; p++)
+        UNROLL for (int v = 0; v < 2; v++)
+            UNROLL for (int r = 0; r < rows; r++)
+                STORE(out + r * features + p * PANEL + v * LANES, sums[p][v][r]);
+}
+
+/* Panels that are walked through together: enough sums to hide what an addition takes. */
+#define TOGETHER(rows) (4 * (rows) <= MAX_TILE ? 4 : 2 * (rows) <= MAX_TILE ? 2 : 1)
+
+#define CASE(ROWS)                                                                            \
+    case ROWS:                                                                                \
+        if (panels == 1)                                                                      \
+            tile(w, panel_size, x, out, features, count, ROWS, 1, dtype);                     \
+        else                                                                                  \
+            tile(w, panel_size, x, out, features, count, ROWS, TOGETHER(ROWS), dtype);        \
+        break;
+
+/* The compiler knows numbers and dtypes in `tile` only if they are told apart here: what a parallel
+   region takes from around it is a variable to it. */
+INLINE void any_tile(const uint16_t *w, ptrdiff_t panel_size, const float *x, float *out,
+                     ptrdiff_t features, ptrdiff_t count, int rows, int panels,
+                     const enum dtype dtype) {
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if MAX_TILE > 6
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#endif
+    }
+}
+
+INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+/* `out` [rows, features] = `x` [rows, inputs] times panels `w` in `dtype`, plus `bias` [features] or
+   NULL. `packed` is room for the inputs of BLOCK_ROWS rows, or of all if those are fewer. */
+void multiply(const uint16_t *w, int dtype, const float *x, const float *bias, float *out,
+              float *packed, ptrdiff_t features, ptrdiff_t inputs, ptrdiff_t rows) {
+    const ptrdiff_t panels = features / PANEL, panel_size = inputs * PANEL;
+    for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
+        const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
+        const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
+        const int together = tiles > 1 ? TOGETHER(MAX_TILE) : TOGETHER(block);
+        const ptrdiff_t groups = (panels + together - 1) / together;
+        const float *ordered = block == 1 ? x + begun * inputs : packed;
+#pragma omp parallel
+        {
+            /* Tile by tile and input by input: what a tile reads lies in the order of reading. */
+#pragma omp for schedule(static)
+            for (ptrdiff_t from = 0; from < (block == 1 ? 0 : inputs); from += 64)
+                for (ptrdiff_t t = 0; t < tiles; t++) {
+                    const ptrdiff_t first = t * block / tiles, last = (t + 1) * block / tiles;
+                    float *to = packed + first * inputs;
+                    for (ptrdiff_t r = first; r < last; r++)
+                        for (ptrdiff_t i = from; i < least(from + 64, inputs); i++)
+                            to[i * (last - first) + r - first] = x[(begun + r) * inputs + i];
+                }
+#pragma omp for schedule(static)
+            for (ptrdiff_t g = 0; g < groups; g++) {
+                const ptrdiff_t panel = g * together;
+                const int some = (int)least(together, panels - panel);
+                float *columns = out + begun * features + panel * PANEL;
+                for (ptrdiff_t r = 0; r < block; r++)
+                    for (ptrdiff_t f = 0; f < some * PANEL; f++)
+                        columns[r * features + f] = bias ? bias[panel * PANEL + f] : 0.0f;
+                for (ptrdiff_t from = 0; from < inputs; from += DEPTH) {
+                    const ptrdiff_t count = least(DEPTH, inputs - from);
+                    for (ptrdiff_t t = 0; t < tiles; t++) {
+                        const ptrdiff_t first = t * block / tiles, last = (t + 1) * block / tiles;
+                        const float *rows_ = ordered + first * inputs + from * (last - first);
+                        const int step = some == together ? together : 1;
+                        for (int p = 0; p < some; p += step) {
+                            const uint16_t *part = w + (panel + p) * panel_size + from * PANEL;
+                            float *to = columns + first * features + p * PANEL;
+                            const int some_rows = (int)(last - first);
+                            if (dtype == FLOAT16)
+                                any_tile(part, panel_size, rows_, to, features, count, some_rows,
+                                         step, FLOAT16);
+                            else
+                                any_tile(part, panel_size, rows_, to, features, count, some_rows,
+                                         step, BFLOAT16);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* ---- attention of single rows ---------------------------------------------------------------
+
+   Keys and values lie [heads, head_dim, capacity], as cache.py keeps them: both products run along
+   the tokens. Softmax in one pass over scores that stay in the first-level cache, a block of tokens
+   at a time, with the running maximum and sum of Milakov and Gimelshein, "Online normalizer
+   calculation for softmax" (arXiv 1805.02867). */
+
+#define TOKENS 1024 /* scores of a block; a multiple of LANES */
+
+INLINE float to_float(const void *p, ptrdiff_t i, enum dtype dtype) {
+    switch (dtype) {
+    case FLOAT16: return _cvtsh_ss(((const uint16_t *)p)[i]);
+    case BFLOAT16: {
+        union { uint32_t bits; float value; } wide = {(uint32_t)((const uint16_t *)p)[i] << 16};
+        return wide.value;
+    }
+    default: return ((const float *)p)[i];
+    }
+}
+
+INLINE void from_float(void *p, ptrdiff_t i, float value, enum dtype dtype) {
+    switch (dtype) {
+    case FLOAT16: ((uint16_t *)p)[i] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); break;
+    case BFLOAT16: {
+        union { float value; uint32_t bits; } wide = {value};
+        uint32_t even = (wide.bits >> 16) & 1; /* not for NaN, which is refused elsewhere */
+        ((uint16_t *)p)[i] = (uint16_t)((wide.bits + 0x7fff + even) >> 16);
+        break;
+    }
+    default: ((float *)p)[i] = value;
+    }
+}
+
+/* e^x for x <= 0: x = n ln 2 + r, and a polynomial in r; the constants are Cephes' (expf). Less than
+   e^-60 of the largest weight is 0: no sum can see it, and the denormal numbers that such weights
+   end in cost a hundred times the time of others (with ALiBi, most of a long context is there). */
+INLINE vec exponential(vec x) {
+    const vec least = SET(-60.0f), seen = x;
+    x = MAX(x, least);
+    const vec n = ROUND(MUL(x, SET(1.44269504088896341f)));
+    vec r = FMA(n, SET(-0.693359375f), x);
+    r = FMA(n, SET(2.12194440e-4f), r);
+    vec y = SET(1.9875691500e-4f);
+    y = FMA(y, r, SET(1.3981999507e-3f));
+    y = FMA(y, r, SET(8.3334519073e-3f));
+    y = FMA(y, r, SET(4.1665795894e-2f));
+    y = FMA(y, r, SET(1.6666665459e-1f));
+    y = FMA(y, r, SET(5.0000001201e-1f));
+    y = FMA(MUL(r, r), y, ADD(r, SET(1.0f)));
+    return ZERO_IF_LESS(MUL(y, power_of_two(n)), seen, least);
+}
+
+#define TOGETHER_D 4 /* dimensions of a head that are walked through side by side */
+
+/* `scores` [count] += `query` [dims] times `keys` [dims, capacity]. */
+INLINE void add_scores(const float *query, const char *keys, float *scores, ptrdiff_t count,
+                       ptrdiff_t readable, ptrdiff_t capacity, const int dims,
+                       const enum dtype dtype) {
+    const size_t bytes = width(dtype), row = capacity * bytes;
+    ptrdiff_t t = 0;
+    for (; t < count && t + LANES <= readable; t += LANES) {
+        vec sum = LOAD(scores + t); /* what lies behind the tokens is not counted later */
+        UNROLL for (int d = 0; d < dims; d++) {
+            const char *key = keys + d * row + t * bytes;
+            _mm_prefetch(key + dims * row, _MM_HINT_T0);
+            sum = FMA(SET(query[d]), load(key, dtype), sum);
+        }
+        STORE(scores + t, sum);
+    }
+    for (; t < count; t++)
+        for (int d = 0; d < dims; d++)
+            scores[t] = fmaf(query[d], to_float(keys, d * capacity + t, dtype), scores[t]);
+}
+
+/* `out` [dims] = `out` times `shrink` + `weights` [count] times `values` [dims, capacity]. */
+INLINE void add_values(const float *weights, const char *values, float *out, float shrink,
+                       ptrdiff_t count, ptrdiff_t capacity, const int dims,
+                       const enum dtype dtype) {
+    const size_t bytes = width(dtype), row = capacity * bytes;
+    vec sums[TOGETHER_D];
+    ptrdiff_t t = 0;
+    UNROLL for (int d = 0; d < dims; d++) sums[d] = SET(0.0f);
+    for (; t + LANES <= count; t += LANES) {
+        const vec weight = LOAD(weights + t);
+        UNROLL for (int d = 0; d < dims; d++) {
+            const char *value = values + d * row + t * bytes;
+            _mm_prefetch(value + dims * row, _MM_HINT_T0);
+            sums[d] = FMA(weight, load(value, dtype), sums[d]);
+        }
+    }
+    for (int d = 0; d < dims; d++) {
+        float sum = SUM(sums[d]);
+        for (ptrdiff_t last = t; last < count; last++)
+            sum = fmaf(weights[last], to_float(values, d * capacity + last, dtype), sum);
+        out[d] = out[d] * shrink + sum;
+    }
+}
+
+/* One row and one head: `out` [head_dim] from `query` [head_dim] over `length` tokens. */
+INLINE void attend(const float *query, const char *keys, const char *values, float *out,
+                   ptrdiff_t length, ptrdiff_t capacity, ptrdiff_t head_dim, float scale,
+                   float slope, const enum dtype dtype) {
+    const size_t bytes = width(dtype);
+    float scores[TOKENS], largest = -INFINITY, sum = 0.0f;
+    for (ptrdiff_t d = 0; d < head_dim; d++) out[d] = 0.0f;
+    for (ptrdiff_t from = 0; from < length; from += TOKENS) {
+        const ptrdiff_t count = least(TOKENS, length - from), readable = capacity - from;
+        const ptrdiff_t padded = (count + LANES - 1) / LANES * LANES;
+        const char *key = keys + from * bytes, *value = values + from * bytes;
+        ptrdiff_t t, d = 0;
+        for (t = 0; t < padded; t++) scores[t] = 0.0f;
+        for (; d + TOGETHER_D <= head_dim; d += TOGETHER_D)
+            add_scores(query + d, key + d * capacity * bytes, scores, count, readable, capacity,
+                       TOGETHER_D, dtype);
+        for (; d < head_dim; d++)
+            add_scores(query + d, key + d * capacity * bytes, scores, count, readable, capacity, 1,
+                       dtype);
+        for (t = 0; t < count; t++) /* the bias of the newest token is 0 */
+            scores[t] = scores[t] * scale + slope * (float)(from + t - (length - 1));
+        for (; t < padded; t++) scores[t] = -INFINITY;
+        vec most = SET(-INFINITY), total = SET(0.0f);
+        for (t = 0; t < padded; t += LANES) most = MAX(most, LOAD(scores + t));
+        const float before = largest;
+        largest = fmaxf(before, LARGEST(most));
+        const float shrink = expf(before - largest);
+        for (t = 0; t < padded; t += LANES) {
+            vec weight = exponential(ADD(LOAD(scores + t), SET(-largest)));
+            STORE(scores + t, weight);
+            total = ADD(total, weight);
+        }
+        sum = sum * shrink + SUM(total);
+        for (d = 0; d + TOGETHER_D <= head_dim; d += TOGETHER_D)
+            add_values(scores, value + d * capacity * bytes, out + d, shrink, count, capacity,
+                       TOGETHER_D, dtype);
+        for (; d < head_dim; d++)
+            add_values(scores, value + d * capacity * bytes, out + d, shrink, count, capacity, 1,
+                       dtype);
+    }
+    for (ptrdiff_t d = 0; d < head_dim; d++) out[d] /= sum;
+}
+
+/* Where a row of [heads, rows, head_dim] is, counted in floats; its head_dim is contiguous. */
+struct strided {
+    const float *data;
+    ptrdiff_t head, row;
+};
+
+/* One row of a batch and what its lane has cached. */
+struct lane {
+    void *keys, *values; /* [cache_heads, head_dim, capacity] */
+    ptrdiff_t capacity, length, row; /* tokens before this one; which row of the batch it is */
+};
+
+/* Write each lane's new key and value behind what it has cached, and attend to all of it. `views`
+   are the queries [heads, rows, head_dim], the keys and the values [cache_heads, rows, head_dim];
+   `out` is [rows, heads, head_dim], of which only the lanes' rows are written. `slopes` [heads]
+   or NULL: ALiBi's. `dtype` is the cache's. */
+void decode_attention(const struct strided views[3], float *out, const struct lane *lanes,
+                      ptrdiff_t count, ptrdiff_t heads, ptrdiff_t cache_heads, ptrdiff_t head_dim,
+                      float scale, const float *slopes, int dtype) {
+    const struct strided query = views[0], key = views[1], value = views[2];
+    const ptrdiff_t group = heads / cache_heads;
+#pragma omp parallel for schedule(dynamic)
+    for (ptrdiff_t job = 0; job < count * cache_heads; job++) {
+        const struct lane *lane = lanes + job / cache_heads;
+        const ptrdiff_t of = job % cache_heads, first = of * head_dim * lane->capacity;
+        char *keys = (char *)lane->keys + first * width(dtype);
+        char *values = (char *)lane->values + first * width(dtype);
+        const float *new_key = key.data + of * key.head + lane->row * key.row;
+        const float *new_value = value.data + of * value.head + lane->row * value.row;
+        for (ptrdiff_t d = 0; d < head_dim; d++) {
+            from_float(keys, d * lane->capacity + lane->length, new_key[d], dtype);
+            from_float(values, d * lane->capacity + lane->length, new_value[d], dtype);
+        }
+#define ATTEND(DTYPE)                                                                         \
+    attend(query.data + h * query.head + lane->row * query.row, keys, values,                 \
+           out + (lane->row * heads + h) * head_dim, lane->length + 1, lane->capacity,        \
+           head_dim, scale, slopes ? slopes[h] : 0.0f, DTYPE)
+        for (ptrdiff_t h = of * group; h < (of + 1) * group; h++)
+            switch (dtype) { /* here, for the same reason as in any_tile */
+            case FLOAT16: ATTEND(FLOAT16); break;
+            case BFLOAT16: ATTEND(BFLOAT16); break;
+            default: ATTEND(FLOAT32);
+            }
+    }
+}

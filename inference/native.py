@@ -1,0 +1,211 @@
+"""``native.c``, compiled for the processor at hand, and its functions on tensors.
+
+It is compiled when it is first needed (some two seconds) and kept in the user's cache, by what it
+was made from and for. Where there is no C compiler with OpenMP, or a processor that it is not
+written for, there is none, and the libraries' kernels do the work; a node that lacks it is slower
+and computes the same.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import psutil
+import torch
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c11")
+_COMPILE_SECONDS = 120.0
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""``enum dtype``."""
+
+_void, _size, _int, _float = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_float
+
+
+class NativeError(RuntimeError):
+    """It cannot be had here; the text says why."""
+
+
+class PackedMatrix:
+    """A matrix ``[out, in]`` of float16 or bfloat16, packed for ``Native.multiply``."""
+
+    def __init__(self, weight: torch.Tensor, panel: int) -> None:
+        self.features, self.inputs = weight.shape
+        panels = -(-self.features // panel)
+        self.padded = panels * panel
+        """Output features, made up with zeros to whole panels."""
+        self.dtype = weight.dtype
+        self.data = weight.new_zeros((panels, self.inputs, panel))
+        for number, features in enumerate(weight.split(panel)):
+            self.data[number, :, : len(features)] = features.t()
+
+
+class Native:
+    """The compiled functions. All tensors are on the CPU; what is not said is float32."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        library.panel_features.restype = library.block_rows.restype = _size
+        self._panel: int = library.panel_features()
+        self._block_rows: int = library.block_rows()
+        self._multiply = library.multiply
+        self._multiply.argtypes = [_void, _int, *[_void] * 4, *[_size] * 3]
+        self._multiply.restype = None
+        self._attention = library.decode_attention
+        self._attention.argtypes = [*[_void] * 3, *[_size] * 4, _float, _void, _int]
+        self._attention.restype = None
+
+    def pack(self, weight: torch.Tensor) -> PackedMatrix:
+        """``[out, in]`` of float16 or bfloat16, in the order that ``multiply`` reads it in."""
+        if weight.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"weights of {weight.dtype} cannot be packed")
+        return PackedMatrix(weight, self._panel)
+
+    def multiply(
+        self, rows: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``[rows, in]`` to ``[rows, out]``. ``bias`` is ``[weight.padded]``, contiguous.
+
+        Weights are widened as they are read and all arithmetic is float32.
+        """
+        count, inputs = rows.shape
+        if rows.dtype != torch.float32 or inputs != weight.inputs:
+            raise ValueError(f"{rows.dtype} {tuple(rows.shape)} by a matrix of {weight.inputs}")
+        rows = rows.contiguous()
+        output = rows.new_empty((count, weight.padded))
+        packed = rows.new_empty(min(count, self._block_rows) * inputs if count > 1 else 0)
+        self._multiply(
+            weight.data.data_ptr(),
+            _DTYPES[weight.dtype],
+            rows.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            output.data_ptr(),
+            packed.data_ptr(),
+            weight.padded,
+            inputs,
+            count,
+        )
+        return output[:, : weight.features]
+
+    def decode_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        lengths: Sequence[int],
+        rows: Sequence[int],
+        *,
+        scale: float,
+        slopes: torch.Tensor | None,
+    ) -> None:
+        """For each lane, attend its row to what it has cached and to itself.
+
+        ``query`` is ``[heads, rows, head_dim]``, ``key`` and ``value`` are ``[cache_heads, rows,
+        head_dim]``; lane i's row is ``rows[i]``. Its keys and values are ``caches[i]``, each
+        ``[cache_heads, head_dim, capacity]`` of one dtype for all lanes; behind the ``lengths[i]``
+        tokens that they hold, the new ones are written. Writes those rows of ``output`` ``[rows,
+        heads, head_dim]``. ``slopes`` ``[heads]`` are ALiBi's.
+        """
+        tensors = [x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value)]
+        views = np.array([(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors], np.int64)
+        lanes = np.array(
+            [
+                (keys.data_ptr(), values.data_ptr(), keys.shape[2], length, row)
+                for (keys, values), length, row in zip(caches, lengths, rows, strict=True)
+            ],
+            np.int64,
+        )
+        heads, _, head_dim = query.shape
+        self._attention(
+            views.ctypes.data,
+            output.data_ptr(),
+            lanes.ctypes.data,
+            len(lanes),
+            heads,
+            key.shape[0],
+            head_dim,
+            scale,
+            None if slopes is None else slopes.data_ptr(),
+            _DTYPES[caches[0][0].dtype],
+        )
+
+
+@functools.cache
+def native() -> Native | None:
+    """The compiled functions, or None where they cannot be had; tried once per process."""
+    try:
+        return Native(ctypes.CDLL(str(_library())))
+    except (NativeError, OSError) as error:
+        logger.info("computing with the libraries' kernels, which are slower: %s", error)
+        return None
+
+
+def _library() -> Path:
+    """The compiled file, made if it is not there. Raises NativeError or OSError."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        raise NativeError(f"native.c is not written for {platform.machine()}")
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    if shutil.which(compiler[0]) is None:
+        raise NativeError(f"there is no C compiler ({compiler[0]})")
+    openmp = _openmp()
+    made_from = [
+        _SOURCE.read_bytes(),
+        " ".join([*compiler, *_COMPILE, openmp]).encode(),
+        _run([*compiler, "--version"]),
+        _processor(),
+    ]
+    name = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:32]
+    folder = platformdirs.user_cache_path("petals-node") / "native"
+    library = folder / f"{name}.so"
+    if not library.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as making:
+            made, compiled = Path(making) / library.name, str(Path(making) / "native.o")
+            _run([*compiler, *_COMPILE, "-c", str(_SOURCE), "-o", compiled])
+            # without -fopenmp, which would link a second OpenMP, with threads of its own
+            _run([*compiler, "-shared", compiled, openmp, "-lm", "-o", str(made)])
+            made.replace(library)
+    return library
+
+
+def _openmp() -> str:
+    """The OpenMP library that torch has loaded."""
+    for loaded in psutil.Process().memory_maps():
+        if Path(loaded.path).name.startswith("libgomp"):
+            return str(loaded.path)
+    raise NativeError("torch computes without GNU's OpenMP here")
+
+
+def _processor() -> bytes:
+    """What ``-march=native`` depends on."""
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    return b"\n".join(
+        next((line for line in lines if line.startswith(field)), b"")
+        for field in (b"flags", b"model name")
+    )
+
+
+def _run(command: Sequence[str]) -> bytes:
+    try:
+        return subprocess.run(  # noqa: S603 - the user's own compiler
+            command, check=True, capture_output=True, timeout=_COMPILE_SECONDS
+        ).stdout
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        raise NativeError(f"{shlex.join(command[:1])}: {said[0] if said else error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise NativeError(str(error)) from error

@@ -1,0 +1,158 @@
+"""native.c against torch, and what happens where it cannot be compiled."""
+
+import math
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from petals.inference import native as module
+from petals.inference.native import Native, NativeError, native
+from torch.nn import functional as F
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def library() -> Native:
+    found = native()
+    if found is None:
+        pytest.skip("native.c cannot be had on this machine")
+    return found
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    features=st.integers(1, 200),
+    inputs=st.sampled_from([1, 63, 64, 100, 2048, 2049, 5000]),
+    rows=st.sampled_from([1, 2, 3, 4, 7, 8, 13, 14, 15, 29, 112, 113, 250]),
+    dtype=st.sampled_from(HALVES),
+    biased=st.booleans(),
+)
+def test_rows_times_a_matrix(
+    library: Native, features: int, inputs: int, rows: int, dtype: torch.dtype, *, biased: bool
+) -> None:
+    weight = (normal(features, inputs) / math.sqrt(inputs)).to(dtype)
+    packed = library.pack(weight)
+    bias = normal(packed.padded, seed=1) if biased else None
+    x = normal(rows, inputs, seed=2)
+    result = library.multiply(x, packed, bias)
+    expected = F.linear(x, weight.float(), None if bias is None else bias[:features])
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=2e-5)
+    row = rows // 2
+    alone = library.multiply(x[row : row + 1], packed, bias)
+    assert torch.equal(alone[0], result[row]), "a row does not depend on those beside it"
+
+
+@given(
+    lengths=st.lists(st.integers(0, 2100), min_size=1, max_size=4),
+    shape=st.sampled_from([(4, 4, 64), (6, 2, 80), (3, 3, 5), (2, 1, 128)]),
+    room=st.integers(0, 40),
+    dtype=st.sampled_from([torch.float32, *HALVES]),
+    slope=st.sampled_from([None, 0.002, 0.7]),
+)
+def test_attention_of_rows_that_decode(
+    library: Native,
+    lengths: list[int],
+    shape: tuple[int, int, int],
+    room: int,
+    dtype: torch.dtype,
+    slope: float | None,
+) -> None:
+    heads, cache_heads, head_dim = shape
+    batch = len(lengths) + 2  # the first and the last row belong to nobody here
+    query = normal(batch, heads, head_dim, seed=1).transpose(0, 1)
+    key = normal(cache_heads, batch, head_dim, seed=2)
+    value = normal(cache_heads, head_dim, batch, seed=3).transpose(1, 2)
+    capacities = [length + 1 + room for length in lengths]
+    caches = [
+        (
+            normal(cache_heads, head_dim, capacity, seed=4).to(dtype),
+            normal(cache_heads, head_dim, capacity, seed=5).to(dtype),
+        )
+        for capacity in capacities
+    ]
+    for (keys, values), length in zip(caches, lengths, strict=True):
+        keys[:, :, length:] = values[:, :, length:] = torch.nan  # never written, never seen
+    slopes = None if slope is None else torch.full((heads,), slope)
+    output = torch.full((batch, heads, head_dim), 7.0)
+    rows = range(1, batch - 1)
+    library.decode_attention(
+        query, key, value, output, caches, lengths, rows, scale=0.3, slopes=slopes
+    )
+    assert (output[0] == 7).all()
+    assert (output[-1] == 7).all()
+    for (keys, values), length, row in zip(caches, lengths, rows, strict=True):
+        assert torch.equal(keys[:, :, length], key[:, row].to(dtype))
+        assert torch.equal(values[:, :, length], value[:, row].to(dtype))
+        used, group = length + 1, heads // cache_heads
+        all_keys = keys[:, :, :used].float().repeat_interleave(group, dim=0)
+        all_values = values[:, :, :used].float().repeat_interleave(group, dim=0)
+        scores = torch.einsum("hd,hdt->ht", query[:, row], all_keys) * 0.3
+        if slope is not None:
+            scores += slope * torch.arange(-length, 1)
+        expected = torch.einsum("ht,hdt->hd", scores.softmax(dim=-1), all_values)
+        torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_finite_stays_visible(library: Native) -> None:
+    query, key, value = normal(2, 1, 8, seed=1), normal(2, 1, 8, seed=2), normal(2, 1, 8, seed=3)
+    for bad in (query, key, value):
+        kept = bad.clone()
+        bad[1, 0, 3] = torch.nan
+        cache = normal(2, 8, 64, seed=4), normal(2, 8, 64, seed=5)
+        output = torch.zeros(1, 2, 8)
+        library.decode_attention(
+            query, key, value, output, [cache], [40], [0], scale=1.0, slopes=None
+        )
+        assert torch.isfinite(output[0, 0]).all()
+        if bad is not key:  # a key that is NaN comes with such a value
+            assert torch.isnan(output[0, 1]).any()
+        bad.copy_(kept)
+
+
+def test_what_does_not_fit_is_refused(library: Native) -> None:
+    packed = library.pack(torch.ones(32, 16).half())
+    with pytest.raises(ValueError, match="by a matrix of 16"):
+        library.multiply(torch.ones(1, 17), packed, None)
+    with pytest.raises(TypeError, match="float64"):
+        library.pack(torch.ones(32, 16).double())
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "petals-node" / "native"
+
+
+def test_it_is_compiled_once(
+    library: Native, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = module._library()
+    assert list(empty_cache.iterdir()) == [made], "nothing is left of the making"
+    assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700, "nobody else can put a library there"
+    before = made.stat().st_mtime_ns
+    assert module._library() == made
+    assert made.stat().st_mtime_ns == before
+    monkeypatch.setattr(module, "_processor", lambda: b"another one")
+    assert module._library() != made
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_there_is_none(
+    compiler: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(NativeError, match=compiler):
+        module._library()
+    native.cache_clear()
+    try:
+        assert native() is None
+    finally:
+        native.cache_clear()
+    assert not list(empty_cache.glob("*"))
