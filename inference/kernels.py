@@ -29,6 +29,7 @@ from .native import native
 _ROWS = (1, 16)
 """A kernel is judged by one decoding session and by many."""
 _PROBE_FEATURES = 1024
+_TURNS = 5
 _CLEARLY_FASTER = 0.75
 """Of the time of another kernel; less is noise, on a machine that others use too."""
 _TOLERANCE = {"int8": 0.05, "nf4": 0.25}
@@ -331,41 +332,56 @@ def _fastest(weights: WeightFormat, device: torch.device) -> tuple[MakeKernel, f
     candidates = _KERNELS.get((device.type, weights), ())
     if not weights.quantized:
         candidates += (Plain,)
-    best: tuple[MakeKernel, float] | None = None
-    for kernel in candidates:
-        seconds = _try(kernel, weights, device)
-        if seconds is not None and (best is None or seconds < _CLEARLY_FASTER * best[1]):
-            best = kernel, seconds
-    if best is None:
+    working: dict[MakeKernel, Callable[[int], float]] = {}
+    for candidate in candidates:
+        measure = _try(candidate, weights, device)
+        if measure is not None:
+            working[candidate] = measure
+    if not working:
         raise ConfigError(
             f"quantization: nothing here can compute with {weights} weights on {device}; "
             "use another one, or none"
         )
+    # Taking turns, so that a moment in which somebody else computes hits all alike.
+    taken = {kernel: dict.fromkeys(_ROWS, math.inf) for kernel in working}
+    for _ in range(_TURNS):
+        for kernel, measure in working.items():
+            for count in _ROWS:
+                taken[kernel][count] = min(taken[kernel][count], measure(count))
+    best: tuple[MakeKernel, float] | None = None
+    for kernel, by_count in taken.items():
+        seconds = math.pow(math.prod(by_count.values()), 1 / len(_ROWS))
+        if best is None or seconds < _CLEARLY_FASTER * best[1]:
+            best = kernel, seconds
+    assert best is not None
     return best
 
 
-def _try(kernel: MakeKernel, weights: WeightFormat, device: torch.device) -> float | None:
-    """The mean seconds that ``kernel`` takes for the counts; None if it does not work here."""
+def _try(
+    kernel: MakeKernel, weights: WeightFormat, device: torch.device
+) -> Callable[[int], float] | None:
+    """What measures the seconds of ``kernel`` for a count of rows; None if it does not work here."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((2 * _PROBE_FEATURES, _PROBE_FEATURES), generator=generator).to(device)
     hidden = torch.float32 if device.type == "cpu" or weights.quantized else weights.torch_dtype
     if device.type == "cuda" and weights.quantized:
         hidden = torch.float16
     held = weight.to(hidden if weights.quantized else weights.torch_dtype)
-    product = 1.0
+    inputs = {
+        count: torch.randn((count, _PROBE_FEATURES), generator=generator).to(device, hidden)
+        for count in _ROWS
+    }
     try:
         made = kernel(held, None)
-        for count in _ROWS:
-            rows = torch.randn((count, _PROBE_FEATURES), generator=generator).to(device, hidden)
+        for rows in inputs.values():
             expected = F.linear(rows.float(), weight)
             error = (made(rows).float() - expected).norm() / expected.norm()
             if not error < _TOLERANCE.get(weights, 0.02):
                 return None
-            product *= least_seconds(functools.partial(made, rows), device)
     # An op that this build of torch lacks, or has for other processors only, raises anything.
     except Exception:  # noqa: BLE001
         return None
-    return math.pow(product, 1 / len(_ROWS))
+    return lambda count: least_seconds(functools.partial(made, inputs[count]), device)
 
 
 def least_seconds(action: Callable[[], object], device: torch.device | None = None) -> float:

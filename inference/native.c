@@ -102,6 +102,7 @@ INLINE vec load(const void *p, enum dtype dtype) {
 #define PANEL (2 * LANES)
 #define DEPTH 2048 /* inputs at once: a panel's part and its rows' stay in the second-level cache */
 #define BLOCK_ROWS (8 * MAX_TILE)
+#define AHEAD 256 /* inputs: some pages, so that addresses are looked up in time, too */
 
 ptrdiff_t panel_features(void) { return PANEL; }
 ptrdiff_t block_rows(void) { return BLOCK_ROWS; }
@@ -118,7 +119,7 @@ INLINE void tile(const uint16_t *w, ptrdiff_t panel_size, const float *x, float 
     for (ptrdiff_t i = 0; i < count; i++) {
         UNROLL for (int p = 0; p < panels; p++) {
             const uint16_t *row = w + p * panel_size + i * PANEL;
-            _mm_prefetch((const char *)(row + 32 * PANEL), _MM_HINT_T0);
+            _mm_prefetch((const char *)(row + AHEAD * PANEL), _MM_HINT_T0);
             const vec left = load(row, dtype), right = load(row + LANES, dtype);
             UNROLL for (int r = 0; r < rows; r++) {
                 const vec value = SET(x[i * rows + r]);
