@@ -139,8 +139,12 @@ class Checkpoint:
         progress: Progress | None = None,
         *,
         quantization: str = "none",
+        loaded: Blocks | None = None,
     ) -> Blocks:
-        """Load the blocks of ``span``; ``dtype`` and ``device`` as torch's or the user's words."""
+        """Load the blocks of ``span``; ``dtype`` and ``device`` as torch's or the user's words.
+
+        Those that ``loaded`` has, of the same dtype and device, are shared with it.
+        """
         if span.end > self.num_blocks:
             raise ModelError(
                 f"blocks {span} were asked for, but {self.name} has {self.num_blocks} blocks: "
@@ -150,6 +154,9 @@ class Checkpoint:
         precision = self.precision(dtype, device, quantization)
         modules = []
         for block in range(span.start, span.end):
+            if loaded is not None and block in loaded.span:
+                modules.append(loaded.module(block))
+                continue
             if progress is not None:
                 progress(f"loading block {block} ({block - span.start + 1} of {len(span)})")
             with torch.device("meta"):

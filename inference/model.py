@@ -44,6 +44,10 @@ class Blocks:
         self.passes = 0
         """Blocks run so far, each for a whole batch: a sign of life within a long round."""
 
+    def module(self, block: int) -> nn.Module:
+        """One block of the span."""
+        return self._modules[block - self.span.start]
+
     def plan(self, lanes: Sequence[LaneRows]) -> Plan:
         """The plan for one batch of the rows of ``lanes``, in this order; good for one ``run``."""
         return Plan(lanes, self._bias, self._scratch)
@@ -59,7 +63,7 @@ class Blocks:
         if not self.span.covers(span):
             raise LocalProtocolError(f"blocks {span} were asked for, {self.span} are loaded")
         for block in range(span.start, span.end):
-            hidden = self._run_block(self._modules[block - self.span.start], hidden, plan)
+            hidden = self._run_block(self.module(block), hidden, plan)
             self.passes += 1
         return hidden
 

@@ -24,7 +24,7 @@ from ..inference.torch_thread import TorchThread
 from ..protocol.announcement import Announcement, PeerState, as_multiaddrs, merge_entries
 from ..protocol.errors import ConfigError, PeerError, PetalsError
 from ..protocol.frames import DESCRIBE_PROTOCOL, PROTOCOL_VERSION, SESSION_PROTOCOL, Hello
-from ..protocol.placement import choose_span
+from ..protocol.placement import Move, choose_span, placed, should_move
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
 from ..protocol.tensor import DType
@@ -36,14 +36,14 @@ from .libp2p_network import NetworkLimits, open_network
 from .loopback import LoopbackNetwork
 from .membership import Membership
 from .network import Stream
+from .rebalance import Rebalance
 from .router import SwarmRouter
 from .wakeup import open_flat_nursery, wait_future
 
 if TYPE_CHECKING:
     from ..inference.checkpoint import Checkpoint
     from .originate import Generation, GenerationHandle, Originator, Session
-    from .relay import Relay
-    from .serving import Served
+    from .server import BlockServer
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,6 @@ class Node:
 
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
-        self.span: Span | None = None
-        """The blocks that this node serves."""
         self.model_name: str | None = None
         """What the swarm is told that the model is called, once it was opened."""
         self._context = self._running()
@@ -80,12 +78,11 @@ class Node:
         self._membership: Membership | None = None
         self._nursery: trio.Nursery | None = None
         self._checkpoint: Checkpoint | None = None
-        self._served: Served | None = None
-        self._relay: Relay | None = None
+        self._server: BlockServer | None = None
         self._originator: Originator | None = None
         self._originator_lock = trio.Lock()
         self._generations = 0
-        self._state = PeerState.JOINING
+        self._span: Span | None = None
         self._dtype = ""
 
     async def __aenter__(self) -> "Node":
@@ -115,6 +112,11 @@ class Node:
         return self._running_network().multiaddrs
 
     @property
+    def span(self) -> Span | None:
+        """The blocks that this node serves, or will when it is online."""
+        return self._span if self._server is None else self._server.span
+
+    @property
     def num_blocks(self) -> int | None:
         """How many blocks the model has, once it was opened."""
         return None if self._checkpoint is None else self._checkpoint.num_blocks
@@ -134,10 +136,11 @@ class Node:
         ):
             for protocol, count in by_protocol.items():
                 figures[f"bytes_{direction} {protocol}"[:64]] = count
-        if self._served is not None and self._relay is not None:
-            engine = self._served.engine.statistics()
+        server = self._server
+        if server is not None and server.served is not None and server.relay is not None:
+            engine, throughput = server.served.engine.statistics(), server.served.throughput
             figures |= {
-                "sessions": self._relay.sessions,
+                "sessions": server.sessions,
                 "engine_sessions": engine.sessions,
                 "cache_tokens_total": engine.cache_tokens_total,
                 "cache_tokens_used": engine.cache_tokens_used,
@@ -146,15 +149,15 @@ class Node:
                 "rows": engine.rows,
                 "steps_queued": engine.queued,
                 "busy_seconds": engine.busy_seconds,
-                "block_tokens_per_second decode": self._served.throughput.decode,
-                "block_tokens_per_second decode_8": self._served.throughput.decode_8,
-                "block_tokens_per_second decode_32": self._served.throughput.decode_32,
-                "block_tokens_per_second prefill": self._served.throughput.prefill,
+                "block_tokens_per_second decode": throughput.decode,
+                "block_tokens_per_second decode_8": throughput.decode_8,
+                "block_tokens_per_second decode_32": throughput.decode_32,
+                "block_tokens_per_second prefill": throughput.prefill,
                 "prefix_tokens": engine.prefix_tokens,
                 "prefix_hits": engine.prefix_hits,
                 "prefix_tokens_reused": engine.prefix_tokens_reused,
             }
-            figures |= {f"refused {code}": count for code, count in self._relay.refusals.items()}
+            figures |= {f"refused {code}": count for code, count in server.relay.refusals.items()}
         return figures
 
     # --- originating --------------------------------------------------------------------------
@@ -297,7 +300,7 @@ class Node:
 
     def _ourselves(self) -> Announcement | None:
         """This node as a candidate for its own sessions."""
-        if self._state is not PeerState.ONLINE:
+        if self._server is None or self._server.state is not PeerState.ONLINE:
             return None
         return self._describe_self(0, wall_clock() + 1)
 
@@ -378,48 +381,52 @@ class Node:
     async def _start_serving(self) -> None:
         network, membership = self._running_network(), self._running_membership()
         checkpoint = await self._open_checkpoint()
-        self.span = await self._choose_span(checkpoint)
-        await self._running_nursery().start(membership.run)
 
-        from . import relay, serving
-
-        served = await self._in_torch_thread(
-            partial(
-                serving.load, checkpoint, self.span, self.config, logger.info, thread=self._torch
-            )
-        )
-        self._served = served
-        self._relay = relay.Relay(
-            network,
-            served.engine,
-            model=checkpoint.fingerprint,
-            span=self.span,
-            hidden_size=checkpoint.hidden_size,
-            hello=self._hello,
-            limits=self.config.limits,
-            on_load_change=membership.changed,
-        )
-        network.handle(SESSION_PROTOCOL, self._relay.handle)
-        self._state = PeerState.ONLINE
-        await membership.announce()
-
-    async def _choose_span(self, checkpoint: "Checkpoint") -> Span:
         from . import serving
+        from .server import BlockServer
 
-        membership = self._running_membership()
         membership.watch(checkpoint.fingerprint, checkpoint.num_blocks)
         capacity = await self._in_torch_thread(partial(serving.capacity, checkpoint, self.config))
         self._dtype = capacity.dtype
-        if capacity.span is not None:
-            return capacity.span
-        with contextlib.suppress(PeerError):  # nobody there: everything is equally weak
-            await membership.refresh(checkpoint.fingerprint, checkpoint.num_blocks)
-        return choose_span(
-            self._swarm.peers(wall_clock(), checkpoint.fingerprint),
-            checkpoint.num_blocks,
-            capacity.num_blocks,
-            self._dice,
+        self._span = capacity.span or await self._choose_span(checkpoint, capacity.num_blocks)
+        nursery = self._running_nursery()
+        await nursery.start(membership.run)
+        server = BlockServer(
+            network,
+            checkpoint,
+            self.config,
+            hello=self._hello,
+            thread=self._torch,
+            on_change=membership.changed,
         )
+        await server.start(self._span)
+        self._server = server
+        network.handle(SESSION_PROTOCOL, server.handle)
+        await membership.announce()
+        if capacity.span is None and capacity.num_blocks < checkpoint.num_blocks:
+            model = checkpoint.fingerprint, checkpoint.num_blocks
+            rebalance = Rebalance(
+                look=partial(self._better_place, checkpoint, capacity.num_blocks),
+                refresh=partial(membership.refresh, *model),
+                move=server.move,
+                dice=self._dice,
+            )
+            nursery.start_soon(rebalance.run)
+
+    async def _choose_span(self, checkpoint: "Checkpoint", num_blocks: int) -> Span:
+        with contextlib.suppress(PeerError):  # nobody there: everything is equally weak
+            await self._running_membership().refresh(checkpoint.fingerprint, checkpoint.num_blocks)
+        others = self._swarm.peers(wall_clock(), checkpoint.fingerprint)
+        return choose_span(others, checkpoint.num_blocks, num_blocks, self._dice)
+
+    def _better_place(self, checkpoint: "Checkpoint", capacity: int) -> Move | None:
+        own = self._ourselves()
+        if own is None:
+            return None
+        total = checkpoint.num_blocks
+        others = placed(self._swarm.peers(wall_clock(), checkpoint.fingerprint), total)
+        (ours,) = placed([own], total)
+        return should_move(ours, others, total, capacity)
 
     async def _open_checkpoint(self) -> "Checkpoint":
         if self._checkpoint is not None:
@@ -449,22 +456,20 @@ class Node:
                 logger.info("nobody was connected; reached %d bootstrap peers", reached)
 
     async def _leave(self) -> None:
-        self._state = PeerState.DRAINING
+        if self._server is None:
+            return
         async with trio.open_nursery() as nursery:
-            if self._served is not None:
-                nursery.start_soon(self._running_membership().leave)
-            if self._relay is not None:
-                nursery.start_soon(self._relay.leave, RUNNING_STEPS_PATIENCE)
-        if self._served is not None:
-            self._served.engine.shutdown()
+            nursery.start_soon(self._server.leave, RUNNING_STEPS_PATIENCE)
+            nursery.start_soon(self._running_membership().leave)
+        self._server.shutdown()
 
     # --- what we say of ourselves -------------------------------------------------------------
 
     def _describe_self(self, sequence: int, expires_at: float) -> Announcement | None:
-        checkpoint = self._checkpoint
+        checkpoint, server = self._checkpoint, self._server
         if checkpoint is None or self.span is None or self.model_name is None:
             return None
-        served, relay = self._served, self._relay
+        served = None if server is None else server.served
         used = None if served is None else served.engine.statistics()
         return Announcement(
             peer_id=self.peer_id,
@@ -473,14 +478,15 @@ class Node:
             model_name=self.model_name,
             num_blocks=checkpoint.num_blocks,
             span=self.span,
-            state=self._state,
+            moving_to=None if server is None else server.moving_to,
+            state=PeerState.JOINING if server is None else server.state,
             dtype=self._dtype,
             decode_speed=0.0 if served is None else served.throughput.decode,
             prefill_speed=0.0 if served is None else served.throughput.prefill,
             cache_tokens_left=(
                 0 if used is None else used.cache_tokens_total - used.cache_tokens_used
             ),
-            sessions=0 if relay is None else relay.sessions,
+            sessions=0 if server is None else server.sessions,
             version=__version__[:24],
             sequence=sequence,
             expires_at=expires_at,

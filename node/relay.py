@@ -14,7 +14,7 @@ that sends it in the turn in which torch's thread has given it.
 
 import collections
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from functools import partial
@@ -183,14 +183,17 @@ class Relay:
         hidden_size: int,
         hello: Hello,
         limits: AdmissionLimits,
+        retiring: Sequence["Relay"] = (),
         on_load_change: Callable[[], None],
     ) -> None:
+        """``retiring``: relays of other blocks, whose sessions' streams end there."""
         self._network = network
         self._engine = engine
         self._model = model
         self._span = span
         self._hidden_size = hidden_size
         self._hello = hello
+        self._retiring = retiring
         self._on_load_change = on_load_change
         self._admission = Admission(
             limits,
@@ -205,7 +208,8 @@ class Relay:
         self._changed = Signal()
         self._drained = Signal()
         """Somebody's backlog has become shorter."""
-        self._leaving = False
+        self._leaving = ""
+        """Why, if no session is taken in any more."""
 
     @property
     def sessions(self) -> int:
@@ -220,9 +224,9 @@ class Relay:
             with trio.move_on_after(FIRST_FRAME_TIMEOUT):
                 first = await frames.receive()
             if isinstance(first, Open):
-                await self._serve_session(frames, first)
+                await self._relay_of(first.session)._serve_session(frames, first)
             elif isinstance(first, Link):
-                await self._serve_link(frames, first)
+                await self._relay_of(first.session)._serve_link(frames, first)
             elif first is not None:
                 raise RemoteProtocolError(f"a session begins with open or link, not {first.KIND}")
         except Refusal as refusal:
@@ -235,18 +239,21 @@ class Relay:
         except PeerError as error:
             logger.debug("stream of %s ended: %s", frames.peer_id, error)
 
+    def _relay_of(self, session: bytes) -> "Relay":
+        return next((old for old in self._retiring if session in old._sessions), self)
+
     async def _refuse(self, frames: FrameStream, frame: Refused) -> None:
         self.refusals[frame.code] += 1
         await _say(frames, frame)
 
-    async def leave(self, patience: float) -> None:
+    async def leave(self, patience: float, reason: str) -> None:
         """Refuse new sessions, and hand over each running one when no step of it is under way.
 
         Originators look for somebody else as soon as they are told. Those whose step takes longer
         than ``patience`` seconds are told in the middle of it.
         """
-        self._leaving = True
-        farewell = failed(ErrorCode.LEAVING, "this node is leaving the swarm")
+        self._leaving = reason
+        farewell = failed(ErrorCode.LEAVING, reason)
         with trio.move_on_after(patience):
             while self._sessions:
                 for session in list(self._sessions.values()):
@@ -263,7 +270,7 @@ class Relay:
 
     async def _serve_session(self, control: FrameStream, opened: Open) -> None:
         if self._leaving:
-            raise Refusal(ErrorCode.LEAVING, "this node is leaving the swarm")
+            raise Refusal(ErrorCode.LEAVING, self._leaving)
         rows = max_rows(opened.batch, self._hidden_size, opened.wire_dtype)
         check_open(opened, model=self._model, span_served=self._span, max_rows=rows)
         old = await self._find(opened, control.peer_id)

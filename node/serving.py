@@ -9,6 +9,7 @@ from ..inference.checkpoint import Checkpoint, open_checkpoint
 from ..inference.device import resolve_device
 from ..inference.engine import Engine
 from ..inference.memory import blocks_that_fit, default_cache_tokens
+from ..inference.model import Blocks
 from ..inference.throughput import Throughput, remembered
 from ..inference.torch_thread import TorchThread
 from ..protocol.announcement import as_model_name
@@ -75,10 +76,11 @@ def load(
     progress: Progress | None = None,
     *,
     thread: TorchThread | None = None,
+    loaded: Blocks | None = None,
 ) -> Served:
     """Load and measure ``span``, and start its engine, on ``thread`` if one is given.
 
-    Raises ModelError or ConfigError.
+    What ``loaded`` holds of it is not loaded again. Raises ModelError or ConfigError.
     """
     device = resolve_device(config.device)
     precision = checkpoint.precision(config.dtype, device, config.quantization)
@@ -86,13 +88,22 @@ def load(
         checkpoint, len(span), precision, device
     )
     blocks = checkpoint.load_blocks(
-        span, config.dtype, device, progress, quantization=config.quantization
+        span, config.dtype, device, progress, quantization=config.quantization, loaded=loaded
     )
     throughput = remembered(
         blocks, model=checkpoint.fingerprint, precision=precision.name, folder=config.data_dir
     )
     engine = Engine(blocks, cache_tokens=cache_tokens, thread=thread)
     return Served(engine, span, throughput)
+
+
+def fits_beside(checkpoint: Checkpoint, span: Span, served: Served, config: NodeConfig) -> bool:
+    """Whether the memory holds ``span`` beside what is served."""
+    device = resolve_device(config.device)
+    precision = checkpoint.precision(config.dtype, device, config.quantization)
+    shared = span.intersection(served.span)
+    more = len(span) - (0 if shared is None else len(shared))
+    return more <= blocks_that_fit(checkpoint, precision, device)
 
 
 def open_model(config: NodeConfig) -> Checkpoint:

@@ -179,6 +179,8 @@ class Announcement:
     """Of two announcements by one peer the one with the higher sequence is the newer."""
     expires_at: float
     """Unix seconds."""
+    moving_to: Span | None = None
+    """What it is loading to serve instead of ``span``, which it serves meanwhile."""
     public_name: str | None = None
     network_speed: float | None = None
     """Bytes per second that it can send; None: not measured."""
@@ -208,6 +210,7 @@ class Announcement:
         "version": _matching("[!-~]{1,24}", "a version of at most 24 ASCII characters"),
         "sequence": checks.counter,
         "expires_at": checks.number(0, 1e11),
+        "moving_to": checks.optional(checks.span),
         "public_name": checks.optional(_public_name),
         "network_speed": checks.optional(checks.number(0, _MAX_SPEED)),
         "round_trips": _round_trips,
@@ -231,9 +234,10 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
             values[name] = check(fields.get(name))
         except BadValueError as bad:
             raise BadValueError(f"an announcement's {name} must be {bad}") from None
-    span, num_blocks = values["span"], values["num_blocks"]
-    if span is not None and span.end > num_blocks:
-        raise BadValueError(f"the span {span} is not within the model's {num_blocks} blocks")
+    num_blocks = values["num_blocks"]
+    for span in (values["span"], values["moving_to"]):
+        if span is not None and span.end > num_blocks:
+            raise BadValueError(f"the span {span} is not within the model's {num_blocks} blocks")
     return values
 
 

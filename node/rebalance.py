@@ -1,0 +1,84 @@
+"""When this node moves to other blocks: the loop around ``protocol/placement.py``.
+
+Every node comes to the same plan from the same view, so two seldom move for the same gap; and since
+views differ for seconds, whoever wants to move waits for a random time, looks again, and moves only if
+that still is the plan. Where blocks are served by nobody, that is a matter of seconds; where a move only
+pays, of minutes, as most such reasons pass by themselves.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+
+from ..protocol.dice import Dice
+from ..protocol.errors import PetalsError
+from ..protocol.placement import Move
+from ..protocol.span import Span
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RebalanceSettings:
+    """Seconds."""
+
+    interval: float = 5.0
+    """Between two looks at what is known of the swarm, which cost nothing; give or take a half."""
+    urgent_wait: float = 3.0
+    """At most, before a move that covers blocks which nobody serves."""
+    wait: float = 30.0
+    """At most, before a move that only pays."""
+    refresh_timeout: float = 5.0
+    """For asking the swarm once more before a move."""
+    failed_pause: float = 300.0
+    """Before the next try of a node that could not load its new blocks."""
+
+
+class Rebalance:
+    """Moves a node when the swarm gains by it."""
+
+    def __init__(
+        self,
+        *,
+        look: Callable[[], Move | None],
+        refresh: Callable[[], Awaitable[None]],
+        move: Callable[[Span], Awaitable[None]],
+        dice: Dice,
+        settings: RebalanceSettings | None = None,
+    ) -> None:
+        """``look`` says where this node should be, if elsewhere, by what is known now.
+
+        ``refresh`` asks the swarm anew; ``move`` returns when the new span is served. Both may
+        raise PetalsError.
+        """
+        self._look = look
+        self._refresh = refresh
+        self._move = move
+        self._dice = dice
+        self._settings = settings or RebalanceSettings()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        settings = self._settings
+        while True:
+            await trio.sleep(settings.interval * (0.5 + self._dice.random()))
+            wanted = self._look()
+            if wanted is None:
+                continue
+            longest = settings.urgent_wait if wanted.urgent else settings.wait
+            await trio.sleep(longest * self._dice.random())
+            try:
+                with trio.move_on_after(settings.refresh_timeout):
+                    await self._refresh()
+            except PetalsError as error:  # whatever is known has to do
+                logger.debug("could not ask the swarm before moving: %s", error)
+            wanted = self._look()
+            if wanted is None:
+                continue
+            try:
+                await self._move(wanted.span)
+            except PetalsError as error:
+                logger.warning("cannot move to blocks %s: %s", wanted.span, error)
+                await trio.sleep(settings.failed_pause)
