@@ -11,6 +11,7 @@ from ..protocol.admission import AdmissionLimits
 from ..protocol.errors import ConfigError
 from ..protocol.span import Span
 from ..protocol.tensor import DType
+from .reachability import REACHABILITIES
 
 DATA_DIR_VARIABLE = "PETALS_DATA_DIR"
 BOOTSTRAP_VARIABLE = "PETALS_BOOTSTRAP"
@@ -54,6 +55,9 @@ class NodeConfig:
     announce: tuple[str, ...] = ()
     """Multiaddrs that others are told to dial, for a forwarded port or a proxy. Empty: those of
     ``listen``."""
+    reachability: str = "auto"
+    """Whether others can dial this node: ``public``, ``private`` (it is reached through relays), or
+    ``auto`` to find out."""
     identity: Path | None = None
     """File with the node's key; made if it is not there. None: ``identity.pem`` in the data dir for
     a serving node, and a key that is kept nowhere for one that only originates."""
@@ -83,6 +87,15 @@ class NodeConfig:
     def __post_init__(self) -> None:
         if self.announce and not self.serve:
             raise ConfigError("announce: a node that does not serve cannot be dialled")
+        if self.reachability not in REACHABILITIES:
+            raise ConfigError(
+                f"reachability: {self.reachability!r} is none of {', '.join(REACHABILITIES)}"
+            )
+        if self.reachability == "private" and self.announce:
+            raise ConfigError(
+                "announce: a node with reachability private is reached through relays only; "
+                "leave one of the two out"
+            )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.quantization not in QUANTIZATIONS:

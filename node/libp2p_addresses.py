@@ -51,6 +51,16 @@ def announced_addresses(bound: Sequence[Multiaddr]) -> list[Multiaddr]:
     return list(addresses)
 
 
+def interface_hosts() -> set[str]:
+    """All IP addresses of this machine, in their shortest form."""
+    return {
+        str(ip_address(address.address.partition("%")[0]))
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+
+
 def _interface_hosts(family: str) -> list[str]:
     wanted = socket.AF_INET if family == "ip4" else socket.AF_INET6
     hosts = [

@@ -30,10 +30,10 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.records.validator import NamespacedValidator, Validator
-from libp2p.utils import encode_varint_prefixed
 from multiaddr import Multiaddr
 
 from ..protocol.errors import LocalProtocolError, PeerError, RemoteProtocolError
+from .libp2p_negotiation import receive_message, send_message
 from .libp2p_yamux_stream import YamuxStream
 
 logger = logging.getLogger(__name__)
@@ -215,6 +215,15 @@ class Libp2pDirectory:
         self._kademlia = _Kademlia(host, mode, self._store, self._limits)
         self._table = self._kademlia.routing_table
 
+    def hold(self, wanted: bool) -> None:  # noqa: FBT001 - a switch
+        """Hold entries for others, or stop: who cannot be dialled only keeps them waiting."""
+        self._serves = wanted
+        self._kademlia.mode = DHTMode.SERVER if wanted else DHTMode.CLIENT
+        if wanted:
+            self._host.set_stream_handler(KADEMLIA, self._kademlia.handle_stream)
+        else:
+            self._host.remove_stream_handler(KADEMLIA)
+
     async def put(self, key: bytes, entry: bytes) -> int:
         """Merge our entry into the map at ``key``; how many other holders took it."""
         _check_key(key)
@@ -358,9 +367,10 @@ class Libp2pDirectory:
         with trio.move_on_after(self._limits.question_seconds):
             try:
                 stream = await self._open_stream(peer, KADEMLIA)
-                await stream.write(encode_varint_prefixed(question.SerializeToString()))
-                reply = Message()
-                reply.ParseFromString(await _read_prefixed(stream))
+                await send_message(stream, question)
+                reply = await receive_message(
+                    stream, Message, limit=_MAX_MESSAGE_BYTES, seconds=self._limits.question_seconds
+                )
             except Exception as error:  # noqa: BLE001 - a peer may send anything, or vanish
                 if not isinstance(error, PeerError):
                     logger.debug("%s did not answer: %r", peer, error)
@@ -398,24 +408,3 @@ def _check_key(key: bytes) -> None:
             f"{key!r} is no key of the directory: they begin with /{_NAMESPACE}/ and have at most "
             f"{_MAX_KEY_BYTES} bytes"
         )
-
-
-async def _read_prefixed(stream: YamuxStream) -> bytes:
-    """A message behind its length in varint form."""
-    length, shift = 0, 0
-    while True:
-        byte = (await stream.read(1))[0]
-        length |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            break
-        if shift > 28:
-            raise RemoteProtocolError("a message length of more than four bytes")
-    if length > _MAX_MESSAGE_BYTES:
-        raise RemoteProtocolError(f"a message of {length} bytes")
-    pieces = []
-    while length:
-        piece = await stream.read(length)
-        pieces.append(piece)
-        length -= len(piece)
-    return b"".join(pieces)

@@ -7,6 +7,7 @@ says what went wrong without it. The versions that were measured are named in ``
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,7 @@ from multiaddr import Multiaddr
 
 from ..protocol.admission import AdmissionLimits
 from ..protocol.errors import PetalsError
+from .libp2p_circuit_addresses import is_circuit, with_peer, without_peer
 from .libp2p_yamux import PROTOCOL_ID as YAMUX
 from .libp2p_yamux import Traffic, YamuxConnection
 from .libp2p_yamux_stream import YamuxLimits, YamuxStream
@@ -107,17 +109,14 @@ class DialError(Exception):
     """None of a peer's addresses could be reached; the message says why for each."""
 
 
-class BufferedSocket(TrioTCPStream):
-    """A socket whose ``read(n)`` returns all n bytes, or fewer at the end only.
+class ExactReader(ABC):
+    """Bytes below a secured connection, whose ``read(n)`` returns all n, or fewer at the end only.
 
-    The library's ``read_exactly`` gives up after 101 partial reads, asks the kernel twice for each
-    Noise message, and lets a dialler make it allocate whatever length it names. Its own ``read`` and
-    ``write`` wait for a turn of the loop to take a lock that is free, for every message.
+    The library's ``read_exactly`` gives up after 101 partial reads, and lets a dialler make it
+    allocate whatever length it names.
     """
 
-    def __init__(self, stream: trio.SocketStream) -> None:
-        super().__init__(stream)
-        self._ahead = b""
+    _ahead = b""
 
     async def read(self, n: int | None = None) -> bytes:
         """Exactly ``n`` bytes unless the stream ends; any number with None."""
@@ -136,6 +135,18 @@ class BufferedSocket(TrioTCPStream):
             pieces.append(piece)
             missing -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    @abstractmethod
+    async def _receive(self) -> bytes:
+        """What has arrived; b"" at the end."""
+
+
+class BufferedSocket(ExactReader, TrioTCPStream):
+    """A socket that asks the kernel once for several Noise messages.
+
+    The library's own ``read`` and ``write`` wait for a turn of the loop to take a lock that is free,
+    for every message.
+    """
 
     async def write(self, data: bytes) -> None:
         """Send ``data``; nothing on a socket that we have closed ourselves."""
@@ -159,7 +170,11 @@ class BufferedSocket(TrioTCPStream):
 
 
 class GuardedTcp(TCP):
-    """TCP with buffered reads."""
+    """TCP with buffered reads, to addresses that say no more than where to dial."""
+
+    def can_dial(self, maddr: Multiaddr) -> bool:
+        """The library's would dial the relay of a circuit address."""
+        return super().can_dial(maddr) and not is_circuit(maddr)
 
     async def _dial_resolved(
         self, maddr: Multiaddr, source: tuple[str, int] | None = None
@@ -282,11 +297,12 @@ class GuardedSwarm(Swarm):
             {TProtocol(YAMUX): YamuxConnection},
         )
         upgrader.muxer_multistream = _YamuxOnly(limits.yamux, traffic)
+        tcp = GuardedTcp()
         super().__init__(
             peer_id,
             _PeerStore(key_pair),
             upgrader,
-            [GuardedTcp()],
+            [tcp],
             retry_config=RetryConfig(max_retries=0),
             connection_config=ConnectionConfig(
                 max_connections=limits.connections,
@@ -299,49 +315,60 @@ class GuardedSwarm(Swarm):
             ),
         )
         self.auto_connector = _NoAutoConnector(self)
+        self._tcp = tcp
         self._limits = limits
         self._handshakes: dict[trio.CancelScope, None] = {}
         self._inbound = 0
         self._dialling: dict[ID, trio.Lock] = {}
 
     def alive(self, peer_id: ID | None = None) -> list[SwarmConn]:
-        """The connections that can carry streams, to one peer or to all."""
-        return [
+        """The connections that can carry streams, to one peer or to all; direct ones first."""
+        alive = [
             connection
             for connection in self.get_connections(peer_id)
             if isinstance(connection, SwarmConn)
             and not connection.is_closed
             and not connection.muxed_conn.is_closed
         ]
+        return sorted(alive, key=is_relayed)
 
-    async def connect(self, peer_id: ID, addresses: Sequence[Multiaddr] = ()) -> SwarmConn:
+    def direct(self, peer_id: ID) -> list[SwarmConn]:
+        """The live connections to a peer that lead through no relay."""
+        return [connection for connection in self.alive(peer_id) if not is_relayed(connection)]
+
+    async def connect(
+        self, peer_id: ID, addresses: Sequence[Multiaddr] = (), *, directly: bool = False
+    ) -> SwarmConn:
         """The connection to a peer, dialled if there is none. Raises DialError.
 
-        The library tries only the first TCP address, waits 250 ms even when it answers, waits two
-        minutes for a listener that says nothing, and refuses a failed peer for a minute.
+        ``directly``: not through a relay. The library tries only the first TCP address, waits 250 ms
+        even when it answers, waits two minutes for a listener that says nothing, and refuses a
+        failed peer for a minute.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        if connections := self.alive(peer_id):
+        found = self.direct if directly else self.alive
+        if connections := found(peer_id):
             return connections[0]
         if peer_id == self.self_id:
             raise DialError("this is our own peer id")
         lock = self._dialling.setdefault(peer_id, trio.Lock())
         try:
             async with lock:
-                if connections := self.alive(peer_id):
+                if connections := found(peer_id):
                     return connections[0]
-                return await self._dial(peer_id, addresses)
+                return await self._dial(peer_id, addresses, directly=directly)
         finally:
             if not lock.statistics().tasks_waiting and not lock.locked():
                 self._dialling.pop(peer_id, None)
 
-    async def _dial(self, peer_id: ID, addresses: Sequence[Multiaddr]) -> SwarmConn:
-        candidates = list(dict.fromkeys([*map(_without_peer, addresses), *self._known(peer_id)]))
+    async def _dial(
+        self, peer_id: ID, addresses: Sequence[Multiaddr], *, directly: bool
+    ) -> SwarmConn:
         failures = []
-        for address in candidates[:_ADDRESSES_PER_PEER]:
+        for address in self._candidates(peer_id, addresses, directly=directly):
             with trio.move_on_after(self._limits.dial_seconds) as scope:
                 try:
-                    connection = await self.dial_addr(address, peer_id)
+                    connection = await self.dial_addr(with_peer(address, peer_id), peer_id)
                 except Exception as error:  # noqa: BLE001 - the library raises whatever it met
                     failures.append(f"{address}: {_root_cause(error)}")
                 else:
@@ -352,11 +379,17 @@ class GuardedSwarm(Swarm):
         self.peerstore.clear_addrs(peer_id)  # stale; the directory will tell newer ones
         raise DialError("; ".join(failures) or "we know no address of it")
 
-    def _known(self, peer_id: ID) -> list[Multiaddr]:
+    def _candidates(
+        self, peer_id: ID, addresses: Sequence[Multiaddr], *, directly: bool
+    ) -> list[Multiaddr]:
+        """What is dialled, in order: first what the caller says; of that the direct ones first."""
         try:
-            return [_without_peer(address) for address in self.peerstore.addrs(peer_id)]
+            known = self.peerstore.addrs(peer_id)
         except PeerStoreError:
-            return []
+            known = []
+        ordered = [*sorted(addresses, key=is_circuit), *sorted(known, key=is_circuit)]
+        usable = [address for address in ordered if not (directly and is_circuit(address))]
+        return list(dict.fromkeys(map(without_peer, usable)))[:_ADDRESSES_PER_PEER]
 
     async def dial_peer(self, peer_id: ID) -> list[INetConn]:
         """``connect`` for the library's own callers."""
@@ -365,7 +398,27 @@ class GuardedSwarm(Swarm):
         except DialError as error:
             raise SwarmException(f"cannot reach {peer_id}: {error}") from error
 
+    async def is_there(self, peer_id: ID, address: Multiaddr) -> bool:
+        """Whether that peer answers at a TCP address: dialled anew, and hung up at once."""
+        raw: IRawConnection | None = None
+        try:
+            raw = await self._tcp.dial(address)
+            await self.upgrader.upgrade_security(raw, is_initiator=True, peer_id=peer_id)
+        except Exception as error:  # noqa: BLE001 - the library raises whatever it met
+            logger.debug("%s is not at %s: %s", peer_id, address, _root_cause(error))
+            return False
+        else:
+            return True
+        finally:
+            if raw is not None:
+                with trio.move_on_after(0.5, shield=True):
+                    await raw.close()
+
     async def accept(self, stream: trio.SocketStream) -> None:
+        """Serve a connection to one of our sockets until it closes. Raises nothing."""
+        await self.serve_inbound(RawConnection(BufferedSocket(stream), initiator=False))
+
+    async def serve_inbound(self, raw: RawConnection) -> None:
         """Serve one inbound connection until it closes. Raises nothing.
 
         The library keeps a task, a socket and a slot of its limit for each connection that was
@@ -379,7 +432,6 @@ class GuardedSwarm(Swarm):
             with trio.fail_after(self._limits.accept_seconds) as handshake:
                 self._handshakes[handshake] = None
                 try:
-                    raw = RawConnection(BufferedSocket(stream), initiator=False)
                     connection = await self.upgrade_inbound_raw_conn(raw, Multiaddr("/ip4/0.0.0.0"))
                 finally:
                     del self._handshakes[handshake]
@@ -410,16 +462,21 @@ class GuardedHost(BasicHost):
         self,
         swarm: GuardedSwarm,
         nursery: trio.Nursery,
-        announce: Callable[[list[Multiaddr]], list[Multiaddr]],
         identified: Callable[[ID], Awaitable[None]],
     ) -> None:
-        super().__init__(swarm, addrs_factory=announce, disable_identify_address_discovery=True)
+        self.addresses: Callable[[], Sequence[Multiaddr]] = tuple
+        """Says where we can be dialled; set by whoever knows."""
+        super().__init__(swarm, disable_identify_address_discovery=True)
         self.remove_stream_handler(
             IDENTIFY_PUSH
         )  # we ask when we connect; nobody need tell us more
         self._nursery = nursery
         self._identified = identified
         self._identifying: dict[ID, trio.Event] = {}
+
+    def get_addrs(self) -> list[Multiaddr]:
+        """Where we can be dialled. The library would cut a circuit address in the middle."""
+        return [with_peer(address, self.get_id()) for address in self.addresses()]
 
     def set_stream_handler(self, protocol_id: TProtocol, stream_handler: StreamHandlerFn) -> None:
         """Note the protocol for the statistics."""
@@ -478,8 +535,11 @@ class GuardedHost(BasicHost):
         del told.listen_addrs[:]
         told.listen_addrs.extend(addresses[:_ADDRESSES_PER_PEER])
         await update_peerstore_from_identify(self.peerstore, peer_id, told)
-        if self._network.get_connections(peer_id):
+        connections = self._network.get_connections(peer_id)
+        if connections:
             self._identified_peers[peer_id] = reason
+        if len(told.observed_addr) <= _ADDRESS_BYTES:
+            yamux_stream_of(stream).muxed_conn.seen_as = Multiaddr(told.observed_addr)
 
 
 def key_pair_of(private_key: bytes) -> KeyPair:
@@ -495,10 +555,16 @@ def yamux_stream_of(stream: INetStream) -> YamuxStream:
     return below
 
 
-def _without_peer(address: Multiaddr) -> Multiaddr:
-    """The address without ``/p2p/…``, so that the same place is dialled once."""
-    peer = address.get_peer_id()
-    return address.decapsulate(Multiaddr(f"/p2p/{peer}")) if peer else address
+def yamux_of(connection: INetConn) -> YamuxConnection:
+    """Our connection below the library's."""
+    below = connection.muxed_conn
+    assert isinstance(below, YamuxConnection)
+    return below
+
+
+def is_relayed(connection: SwarmConn) -> bool:
+    """Whether a connection leads through a relay."""
+    return connection.get_connection_type() is ConnectionType.RELAYED
 
 
 def _root_cause(error: BaseException) -> str:

@@ -20,14 +20,9 @@ from dataclasses import dataclass, field
 import trio
 from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
-from libp2p.io.exceptions import IOException
-from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.peer.id import ID
-from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError
-from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.tools.anyio_service import background_trio_service
-from libp2p.utils import encode_delim
 from multiaddr import Multiaddr
 
 from ..protocol.errors import ConfigError, ErrorCode, PeerError
@@ -40,6 +35,8 @@ from .libp2p_addresses import (
     parse_peer_multiaddr,
     readable_multiaddr,
 )
+from .libp2p_circuits import CircuitLimits
+from .libp2p_dialback import DialBackLimits
 from .libp2p_directory import DirectoryLimits, Libp2pDirectory, MergeEntries
 from .libp2p_guards import (
     DialError,
@@ -49,13 +46,16 @@ from .libp2p_guards import (
     key_pair_of,
     yamux_stream_of,
 )
+from .libp2p_negotiation import negotiate
+from .libp2p_reachability import ReachabilityKeeper
+from .libp2p_relay import RelayLimits
 from .libp2p_yamux import Traffic
 from .libp2p_yamux_stream import YamuxStream
 from .network import NetworkStatistics, Stream, StreamHandler
+from .reachability import Reachability
 
 logger = logging.getLogger(__name__)
 
-_MULTISTREAM = "/multistream/1.0.0"
 _CLOSE_SECONDS = 1.5  # for all connections together, when the network ends
 _INTERFACES_SECONDS = 30.0  # how long the machine's addresses are taken to stay the same
 _SMALL_SEND = 16 * 1024  # buffers up to here are joined: a frame header must not travel alone
@@ -67,6 +67,11 @@ class NetworkLimits:
 
     host: HostLimits = field(default_factory=HostLimits)
     directory: DirectoryLimits = field(default_factory=DirectoryLimits)
+    relay: RelayLimits = field(default_factory=RelayLimits)
+    circuits: CircuitLimits = field(default_factory=CircuitLimits)
+    dial_back: DialBackLimits = field(default_factory=DialBackLimits)
+    settle_seconds: float = 12.0
+    """How long a node that joins waits to know how it is reached, before it tells others."""
 
 
 class Libp2pStream:
@@ -125,29 +130,46 @@ class Libp2pNetwork:
         nursery: trio.Nursery,
         *,
         announce: Sequence[Multiaddr],
+        bootstrap: Sequence[str],
         merge: MergeEntries,
         serve: bool,
+        reachability: str,
         clock: Callable[[], float],
         limits: NetworkLimits,
     ) -> None:
         self._identity = identity
         self._nursery = nursery
         self._limits = limits
+        self._serve = serve
         self._announce = tuple(announce)
         self._bound: list[Multiaddr] = []
         self._interfaces: list[Multiaddr] = []
         self._interfaces_at = -math.inf
         self._traffic = Traffic()
         self._swarm = GuardedSwarm(key_pair_of(identity.private_key), limits.host, self._traffic)
-        self._host = GuardedHost(self._swarm, nursery, self._announced, self._identified)
+        self._host = GuardedHost(self._swarm, nursery, self._identified)
         self._directory = Libp2pDirectory(
             self._host,
             self._open_for_directory,
             merge=merge,
-            serve=serve,
+            serve=serve and reachability != "private",
             clock=clock,
             limits=limits.directory,
         )
+        self._reachability = ReachabilityKeeper(
+            self._host,
+            self._swarm,
+            wanted=reachability,
+            bound=self._host.get_transport_addrs,
+            direct=self._direct_addresses,
+            relays=[parse_peer_multiaddr(text) for text in bootstrap],
+            hold_directory=self._directory.hold,
+            clock=clock,
+            relay_limits=limits.relay,
+            circuit_limits=limits.circuits,
+            dial_back_limits=limits.dial_back,
+        )
+        self._host.addresses = self._reachability.addresses
 
     @property
     def peer_id(self) -> str:
@@ -158,6 +180,15 @@ class Libp2pNetwork:
     def multiaddrs(self) -> tuple[str, ...]:
         """Where we can be dialled."""
         return tuple(map(str, self._host.get_addrs()))
+
+    @property
+    def reachability(self) -> Reachability:
+        """Whether others can dial us, or how else they reach us."""
+        return self._reachability.reachability
+
+    async def reachability_changed(self) -> None:
+        """Return when ``reachability`` or ``multiaddrs`` become others."""
+        await self._reachability.news.wait()
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         """Serve inbound streams of ``protocol``; the stream is closed when the handler ends."""
@@ -217,13 +248,19 @@ class Libp2pNetwork:
         return reached
 
     async def first_join(self, bootstrap: Sequence[str]) -> None:
-        """``join``, and PeerError with the reasons if there are others and none was reached."""
+        """``join``, then find out how others reach us.
+
+        Raises PeerError with the reasons if there are others and none was reached.
+        """
         failures: list[str] = []
         if not await self._join(bootstrap, failures) and failures:
             raise PeerError(
                 "no bootstrap peer could be reached: " + "; ".join(failures),
                 code=ErrorCode.UNREACHABLE,
             )
+        if self._serve:
+            self._nursery.start_soon(self._reachability.run)
+            await self._reachability.settled(self._limits.settle_seconds)
 
     def connected_peers(self) -> tuple[str, ...]:
         """The peers that we have a live connection to."""
@@ -267,47 +304,28 @@ class Libp2pNetwork:
             with trio.fail_after(self._limits.host.open_seconds):
                 connection = await self._swarm.connect(peer, addresses)
                 try:
-                    return await self._negotiate(connection, protocol)
+                    return await negotiate(connection, protocol)
                 except MuxedStreamError:
                     if not connection.muxed_conn.is_closed:
                         raise
                 # The connection was lost under us, perhaps hours ago: a new one may do.
                 connection = await self._swarm.connect(peer, addresses)
-                return await self._negotiate(connection, protocol)
+                return await negotiate(connection, protocol)
         except (DialError, MuxedStreamError, trio.TooSlowError) as error:
             raise self._unreachable(peer, error) from error
-
-    async def _negotiate(self, connection: SwarmConn, protocol: TProtocol) -> YamuxStream:
-        """Open a stream and agree on the protocol, in one round trip where the library takes two."""
-        stream = await connection.muxed_conn.open_stream()
-        assert isinstance(stream, YamuxStream)
-        agreed = False
-        try:
-            communicator = MultiselectCommunicator(stream)
-            await stream.write(
-                encode_delim(_MULTISTREAM.encode()) + encode_delim(protocol.encode())
-            )
-            answers = (await communicator.read(), await communicator.read())
-            agreed = answers == (_MULTISTREAM, protocol)
-        except (IOException, MultiselectCommunicatorError, ValueError) as error:
-            raise MuxedStreamError(f"it answers nonsense ({error})") from error
-        finally:
-            if not agreed:
-                stream.reset_now("no protocol was agreed on")
-        if not agreed:
-            raise DialError(f"it does not speak {protocol}")
-        stream.protocol = str(protocol)
-        return stream
 
     async def _open_for_directory(self, peer: ID, protocol: TProtocol) -> YamuxStream:
         return await self._open(peer, (), protocol)
 
     async def _identified(self, peer: ID) -> None:
         await self._directory.met(peer)
+        self._reachability.met()
 
-    def _announced(self, bound: list[Multiaddr]) -> list[Multiaddr]:
+    def _direct_addresses(self) -> list[Multiaddr]:
+        """Where we are told to be, or where our sockets are."""
         if self._announce:
             return list(self._announce)
+        bound = self._host.get_transport_addrs()
         # The library asks with every message of the directory; interfaces change by the hour.
         now = time.monotonic()
         if bound != self._bound or now - self._interfaces_at > _INTERFACES_SECONDS:
@@ -364,13 +382,15 @@ async def open_network(
     listen: Sequence[str] = (),
     announce: Sequence[str] = (),
     bootstrap: Sequence[str] = (),
+    reachability: str = "public",
     limits: NetworkLimits | None = None,
 ) -> AsyncIterator[Libp2pNetwork]:
     """The network while the block runs; leaving it closes everything within two seconds.
 
     With nothing to listen on it is a client: it dials, but holds nothing for others. ``clock`` is
     the wall clock in unix seconds, which entries expire by. ``announce`` replaces the addresses
-    that others are told (for a forwarded port, say). Raises ConfigError for an address that cannot
+    that others are told (for a forwarded port, say). ``reachability``: whether others can dial us,
+    ``public`` or ``private``, or ``auto`` to find out. Raises ConfigError for an address that cannot
     be right or cannot be bound, PeerError if ``bootstrap`` names others and none can be reached.
     """
     listen_addresses = [parse_listen_multiaddr(text) for text in listen]
@@ -383,8 +403,10 @@ async def open_network(
             identity,
             nursery,
             announce=announced,
+            bootstrap=bootstrap,
             merge=merge,
             serve=bool(listen),
+            reachability=reachability,
             clock=clock,
             limits=limits or NetworkLimits(),
         )

@@ -83,6 +83,8 @@ class YamuxConnection(IMuxedConn):
         self.event_closed = trio.Event()
         self.round_trip: float | None = None
         """Seconds, smoothed; None until the first ping has come back."""
+        self.seen_as: Multiaddr | None = None
+        """Where the peer sees us, as it says."""
         self._initiator = conn.is_initiator
         self._next_stream_id = 1 if self._initiator else 2
         self._last_peer_id = 0

@@ -32,10 +32,11 @@ from . import describe, saved_session
 from .config import NodeConfig
 from .identity import load_identity, new_identity
 from .libp2p_guards import HostLimits
-from .libp2p_network import NetworkLimits, open_network
+from .libp2p_network import Libp2pNetwork, NetworkLimits, open_network
 from .loopback import LoopbackNetwork
 from .membership import Membership
 from .network import Stream
+from .reachability import Reachability
 from .rebalance import Rebalance
 from .router import SwarmRouter
 from .wakeup import open_flat_nursery, wait_future
@@ -74,6 +75,7 @@ class Node:
         self._dice = random.Random()  # noqa: S311 - spreads load; nothing secret
         self._hello = Hello(PROTOCOL_VERSION, __version__[:64])
         self._torch = TorchThread()
+        self._outside: Libp2pNetwork | None = None
         self._network: LoopbackNetwork | None = None
         self._membership: Membership | None = None
         self._nursery: trio.Nursery | None = None
@@ -115,6 +117,15 @@ class Node:
     def span(self) -> Span | None:
         """The blocks that this node serves, or will when it is online."""
         return self._span if self._server is None else self._server.span
+
+    @property
+    def reachability(self) -> Reachability:
+        """Whether others can dial us, or through whom else they reach us."""
+        return self._running_outside().reachability
+
+    async def reachability_changed(self) -> None:
+        """Return when ``reachability`` or ``multiaddrs`` become others."""
+        await self._running_outside().reachability_changed()
 
     @property
     def num_blocks(self) -> int | None:
@@ -354,8 +365,10 @@ class Node:
             listen=config.listen if config.serve else (),
             announce=config.announce,
             bootstrap=config.bootstrap,
+            reachability=config.reachability,
             limits=NetworkLimits(host=HostLimits.admitting(config.limits)),
         ) as outside:
+            self._outside = outside
             self._membership = Membership(
                 outside,
                 self._swarm,
@@ -369,6 +382,7 @@ class Node:
                 try:
                     self._network.handle(DESCRIBE_PROTOCOL, self._answer_describe)
                     self._nursery.start_soon(self._stay_joined)
+                    self._nursery.start_soon(self._tell_how_we_are_reached)
                     if config.serve and config.model is not None:
                         await self._start_serving()
                     yield
@@ -455,6 +469,11 @@ class Node:
                 reached = await network.join(self.config.bootstrap)
                 logger.info("nobody was connected; reached %d bootstrap peers", reached)
 
+    async def _tell_how_we_are_reached(self) -> None:
+        while True:
+            await self.reachability_changed()
+            self._running_membership().changed()
+
     async def _leave(self) -> None:
         if self._server is None:
             return
@@ -505,6 +524,11 @@ class Node:
         if self._network is None:
             raise PetalsError("the node is not running: use it inside `async with Node(config)`")
         return self._network
+
+    def _running_outside(self) -> Libp2pNetwork:
+        self._running_network()
+        assert self._outside is not None
+        return self._outside
 
     def _running_membership(self) -> Membership:
         self._running_network()

@@ -189,6 +189,11 @@ class Announcement:
     unknown: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Fields of newer versions, as they came."""
 
+    @property
+    def relayed(self) -> bool:
+        """Whether it can be reached through relays only: all its addresses lead through one."""
+        return bool(self.multiaddrs) and all("/p2p-circuit" in each for each in self.multiaddrs)
+
     CHECKS: ClassVar[Mapping[str, Check]] = {
         "peer_id": _peer_id,
         "multiaddrs": checks.tuple_of(

@@ -28,6 +28,10 @@ from .watch import Pace
 MAX_CANDIDATES = 32
 DEFAULT_LATENCY = 0.05
 """Seconds one way between two peers of whom nothing is known: the middle of the Internet's."""
+RELAY_SECONDS = 0.05
+"""What each way over a relay costs on top: as much as another hop across the Internet. A measured
+round trip has the detour in it, but neither the relay's bandwidth, which others share, nor that one
+more machine can fail."""
 NOMINAL_SPEED = 100.0
 """Tokens per second through one block, of a peer that has not measured its own: a slow one."""
 LOAD_PER_SESSION = 0.25
@@ -89,13 +93,20 @@ class LatencyEstimates:
     """Round trips from this node, in seconds, by peer id."""
     announced: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """For each peer, the round trips from it, in seconds, by peer id."""
+    relayed: frozenset[str] = frozenset()
+    """Peers that can be reached through relays only."""
 
     @classmethod
     def of(
         cls, candidates: Iterable[Announcement], measured: Mapping[str, float] | None = None
     ) -> "LatencyEstimates":
         """Estimates from the round trips in announcements and from our own."""
-        return cls(measured or {}, {peer.peer_id: peer.round_trips for peer in candidates})
+        known = list(candidates)
+        return cls(
+            measured or {},
+            {peer.peer_id: peer.round_trips for peer in known},
+            frozenset(peer.peer_id for peer in known if peer.relayed),
+        )
 
     def __call__(self, sender: str | None, receiver: str | None) -> float:
         """The estimated seconds one way."""
@@ -104,7 +115,10 @@ class LatencyEstimates:
         round_trip = self._round_trip(sender, receiver)
         if round_trip is None:
             round_trip = self._round_trip(receiver, sender)
-        return DEFAULT_LATENCY if round_trip is None else round_trip / 2
+        direct = DEFAULT_LATENCY if round_trip is None else round_trip / 2
+        # who sends has dialled, except the last hop: it answers on the originator's stream to it
+        dialled = sender if receiver is None else receiver
+        return direct + RELAY_SECONDS if dialled in self.relayed else direct
 
     def _round_trip(self, sender: str | None, receiver: str | None) -> float | None:
         if receiver is None:

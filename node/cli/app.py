@@ -221,6 +221,15 @@ def run_command(
             "of a forwarded port. May be repeated.",
         ),
     ] = None,
+    reachability: Annotated[
+        str,
+        typer.Option(
+            "--reachability",
+            metavar="MODE",
+            help="auto (find out), public (others can dial this node), or private (they cannot: be "
+            "reached through relays).",
+        ),
+    ] = "auto",
     identity: Annotated[
         Path | None,
         typer.Option(
@@ -311,6 +320,7 @@ def run_command(
         bootstrap=arguments.bootstrap_peers(bootstrap),
         listen=arguments.listen_addresses(listen),
         announce=arguments.announced_addresses(announce),
+        reachability=reachability,
         identity=identity,
         data_dir=data_dir,
         dtype=dtype,

@@ -81,10 +81,34 @@ async def _serve(config: NodeConfig, report: Report) -> None:
         report({"event": "starting", "model": config.model})
         from ..node import Node
 
-        async with Node(config) as node:
+        async with Node(config) as node, trio.open_nursery() as reporting:
             report(serving_event(node))
             serving = True
+            reporting.start_soon(_report_reachability, node, report)
             await leave.wait()
+            reporting.cancel_scope.cancel()
+
+
+async def _report_reachability(node: "Node", report: Report) -> None:
+    told = None
+    while True:
+        if node.reachability != told:
+            told = node.reachability
+            report(reachability_event(node))
+        await node.reachability_changed()
+
+
+def reachability_event(node: "Node") -> dict[str, Any]:
+    """Whether others can dial the node, through whom they reach it, and that in words."""
+    reachability, listen = node.reachability, node.config.listen
+    ports = {port for address in listen if (port := address.rpartition("/tcp/")[2]) != "0"}
+    return {
+        "event": "reachability",
+        "reach": reachability.reach,
+        "relays": list(reachability.relays),
+        "multiaddrs": list(node.multiaddrs),
+        "words": reachability.in_words(int(ports.pop()) if len(ports) == 1 else None),
+    }
 
 
 def serving_event(node: "Node") -> dict[str, Any]:
@@ -93,7 +117,7 @@ def serving_event(node: "Node") -> dict[str, Any]:
     return {
         "event": "serving",
         "peer_id": node.peer_id,
-        "multiaddr": node.multiaddrs[0],
+        "multiaddr": next(iter(node.multiaddrs), None),
         "model": node.model_name if span else None,
         "blocks": [span.start, span.end] if span else None,
     }
@@ -118,9 +142,12 @@ def in_words(event: dict[str, Any]) -> str:
     """An event as a line for people."""
     match event:
         case {"event": "serving", "blocks": [start, end], "model": model, "multiaddr": multiaddr}:
-            return f"Serving {model}, blocks {start}:{end}, at {multiaddr}"
+            at = multiaddr or "no address that others can dial yet"
+            return f"Serving {model}, blocks {start}:{end}, at {at}"
+        case {"event": "reachability", "words": words}:
+            return str(words)
         case {"event": "serving", "multiaddr": multiaddr}:
-            return f"Bootstrap peer at {multiaddr}"
+            return f"Bootstrap peer at {multiaddr or 'no address that others can dial yet'}"
         case {"event": "starting", "model": str(model)}:
             return f"Loading {model} …"
         case {"event": "leaving"}:

@@ -133,6 +133,11 @@ def test_the_module_is_the_command() -> None:
             {"event": "serving", "model": None, "blocks": None, "multiaddr": "/ip4/x"},
             "Bootstrap peer at /ip4/x",
         ),
+        (
+            {"event": "serving", "model": "demo", "blocks": [0, 3], "multiaddr": None},
+            "Serving demo, blocks 0:3, at no address that others can dial yet",
+        ),
+        ({"event": "reachability", "reach": "public", "words": "All is well."}, "All is well."),
         ({"event": "starting", "model": "demo"}, "Loading demo …"),
         ({"event": "starting", "model": None}, "Starting …"),
         ({"event": "leaving"}, "Leaving the swarm …"),

@@ -354,3 +354,15 @@ def test_a_record_of_small_entries_is_bounded_by_number(monkeypatch: pytest.Monk
     merged = merge_entries(MANY[:3], MANY[3:8], NOW, dice(1))
     assert len(merged) == 5
     assert set(merged) < set(MANY[:8])
+
+
+def test_a_node_is_relayed_when_all_its_addresses_lead_through_relays() -> None:
+    direct = "/ip4/10.0.0.1/tcp/4001"
+    circuit = f"/ip4/10.0.0.9/tcp/4001/p2p/{peer_id(9)}/p2p-circuit"
+    for multiaddrs, relayed in (
+        ((), False),
+        ((direct,), False),
+        ((circuit, direct), False),
+        ((circuit,), True),
+    ):
+        assert announce(1, Span(0, 3), multiaddrs=multiaddrs).relayed is relayed

@@ -9,6 +9,7 @@ from petals.protocol.errors import NoRoute
 from petals.protocol.routing import (
     DEFAULT_LATENCY,
     MAX_CANDIDATES,
+    RELAY_SECONDS,
     THROUGHPUT_LATENCY,
     LatencyEstimates,
     Objective,
@@ -105,6 +106,17 @@ def test_latency_is_that_which_either_end_has_measured() -> None:
     assert estimate(peer_id(1), peer_id(2)) == estimate(peer_id(2), peer_id(1)) == 0.01
     assert estimate(None, peer_id(2)) == estimate(peer_id(2), peer_id(3)) == DEFAULT_LATENCY
     assert estimate(peer_id(1), peer_id(1)) == estimate(None, None) == 0
+
+
+def test_every_way_that_leads_over_a_relay_costs_more() -> None:
+    circuit = (f"/ip4/10.0.0.9/tcp/4001/p2p/{peer_id(9)}/p2p-circuit/p2p/{peer_id(1)}",)
+    hidden, other = announce(1, MODEL, multiaddrs=circuit), announce(2, MODEL)
+    estimate = LatencyEstimates.of([hidden, other], {peer_id(1): 0.1, peer_id(2): 0.1})
+    assert estimate(None, peer_id(1)) == pytest.approx(0.05 + RELAY_SECONDS)
+    assert estimate(peer_id(2), peer_id(1)) == pytest.approx(DEFAULT_LATENCY + RELAY_SECONDS)
+    assert estimate(peer_id(1), None) == pytest.approx(0.05 + RELAY_SECONDS)
+    assert estimate(peer_id(1), peer_id(2)) == DEFAULT_LATENCY  # the hidden one dials
+    assert plan([hidden, other], latency=estimate).hops[0].peer_id == peer_id(2)
 
 
 def test_a_recovery_runs_from_one_survivor_to_the_next() -> None:

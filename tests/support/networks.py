@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
-from petals.node.identity import new_identity
+from petals.node.identity import Identity, new_identity
 from petals.node.libp2p_network import Libp2pNetwork, NetworkLimits, open_network
 from petals.node.network import Directory, Network, Stream
 from support.memory_network import MemoryNetwork, MemorySwarm, expiring_merge
@@ -37,14 +37,20 @@ class Libp2pWorld:
     limits: NetworkLimits = field(default_factory=NetworkLimits)
 
     def network(
-        self, *, serve: bool = True, bootstrap: Sequence[str] = ()
+        self,
+        *,
+        serve: bool = True,
+        bootstrap: Sequence[str] = (),
+        reachability: str = "public",
+        identity: Identity | None = None,
     ) -> AbstractAsyncContextManager[Libp2pNetwork]:
         return open_network(
-            new_identity(),
+            identity or new_identity(),
             merge=expiring_merge,
             clock=self.clock,
             listen=[LOOPBACK] if serve else [],
             bootstrap=bootstrap,
+            reachability=reachability,
             limits=self.limits,
         )
 
