@@ -15,6 +15,7 @@ from .reachability import REACHABILITIES
 
 DATA_DIR_VARIABLE = "PETALS_DATA_DIR"
 BOOTSTRAP_VARIABLE = "PETALS_BOOTSTRAP"
+SWARM_KEY_VARIABLE = "PETALS_SWARM_KEY"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WIRE_DTYPES = ("auto", *(dtype.value for dtype in DType))
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -32,6 +33,12 @@ def default_data_dir() -> Path:
 def bootstrap_from_environment() -> tuple[str, ...]:
     """The multiaddrs in ``$PETALS_BOOTSTRAP``, separated by spaces."""
     return tuple(os.environ.get(BOOTSTRAP_VARIABLE, "").split())
+
+
+def swarm_key_from_environment() -> Path | None:
+    """The file in ``$PETALS_SWARM_KEY``."""
+    chosen = os.environ.get(SWARM_KEY_VARIABLE)
+    return Path(chosen) if chosen else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +65,10 @@ class NodeConfig:
     reachability: str = "auto"
     """Whether others can dial this node: ``public``, ``private`` (it is reached through relays), or
     ``auto`` to find out."""
+    swarm_key: Path | None = field(default_factory=swarm_key_from_environment)
+    """File with the key that all nodes of a private swarm share; None: the swarm is open."""
+    allow_peers: Path | None = None
+    """File with the peer ids that this node has to do with, one a line; None: with anybody."""
     identity: Path | None = None
     """File with the node's key; made if it is not there. None: ``identity.pem`` in the data dir for
     a serving node, and a key that is kept nowhere for one that only originates."""

@@ -17,7 +17,7 @@ from libp2p.connection_types import ConnectionType
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
-from libp2p.custom_types import StreamHandlerFn, TProtocol
+from libp2p.custom_types import StreamHandlerFn, TMuxerOptions, TProtocol, TSecurityOptions
 from libp2p.host.basic_host import BasicHost
 from libp2p.identity.identify.identify import ID as IDENTIFY
 from libp2p.identity.identify.pb.identify_pb2 import Identify
@@ -38,6 +38,7 @@ from libp2p.peer.peerstore import PeerStore, PeerStoreError
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.transport.exceptions import SecurityUpgradeFailure
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 from libp2p.utils.varint import read_length_prefixed_protobuf
@@ -46,9 +47,11 @@ from multiaddr import Multiaddr
 from ..protocol.admission import AdmissionLimits
 from ..protocol.errors import PetalsError
 from .libp2p_circuit_addresses import is_circuit, with_peer, without_peer
+from .libp2p_swarm_key import KeyedConnection
 from .libp2p_yamux import PROTOCOL_ID as YAMUX
 from .libp2p_yamux import Traffic, YamuxConnection
 from .libp2p_yamux_stream import YamuxLimits, YamuxStream
+from .private import Privacy
 from .wakeup import holding
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,7 @@ setattr(swarm_connection, "logging", logging.getLogger(swarm_connection.__name__
 _READ_BYTES = 256 * 1024  # four Noise messages: one system call instead of eight
 _LONGEST_READ = 1024 * 1024  # the library asks for at most 64 KiB, unless a peer made it ask
 _IDENTIFY_SECONDS = 5.0
+_CLOSE_SECONDS = 0.5
 _KNOWN_PEERS = 5000
 _ADDRESSES_PER_PEER = 8  # the most that a dial tries
 _ADDRESS_BYTES = 256
@@ -170,7 +174,18 @@ class BufferedSocket(ExactReader, TrioTCPStream):
 
 
 class GuardedTcp(TCP):
-    """TCP with buffered reads, to addresses that say no more than where to dial."""
+    """TCP with buffered reads, to addresses that say no more than where to dial; with a key or not."""
+
+    def __init__(self, swarm_key: bytes | None) -> None:
+        super().__init__()
+        self._swarm_key = swarm_key
+
+    def wrapped(self, stream: trio.SocketStream, *, initiator: bool) -> RawConnection:
+        """The raw connection over a socket."""
+        raw = RawConnection(
+            BufferedSocket(stream), initiator=initiator, connection_type=ConnectionType.DIRECT
+        )
+        return raw if self._swarm_key is None else KeyedConnection(raw, self._swarm_key)
 
     def can_dial(self, maddr: Multiaddr) -> bool:
         """The library's would dial the relay of a circuit address."""
@@ -182,11 +197,28 @@ class GuardedTcp(TCP):
         connection = await super()._dial_resolved(maddr, source)
         assert isinstance(connection, RawConnection)
         assert isinstance(connection.stream, TrioTCPStream)
-        return RawConnection(
-            BufferedSocket(connection.stream.stream),
-            initiator=True,
-            connection_type=ConnectionType.DIRECT,
-        )
+        return self.wrapped(connection.stream.stream, initiator=True)
+
+
+class _AllowedOnly(TransportUpgrader):
+    """Hangs up on whoever is not allowed here as soon as it has proved who it is."""
+
+    def __init__(self, privacy: Privacy, security: TSecurityOptions, muxers: TMuxerOptions) -> None:
+        super().__init__(security, muxers)
+        self._privacy = privacy
+
+    async def upgrade_security(
+        self,
+        raw_conn: IRawConnection,
+        is_initiator: bool,  # noqa: FBT001 - the library's signature
+        peer_id: ID | None = None,
+    ) -> ISecureConn:
+        """Shake hands. Raises SecurityUpgradeFailure."""
+        secured = await super().upgrade_security(raw_conn, is_initiator, peer_id)
+        if not self._privacy.allows(str(secured.get_remote_peer())):
+            await secured.close()
+            raise SecurityUpgradeFailure(f"{secured.get_remote_peer()} is not on our list")
+        return secured
 
 
 class _YamuxOnly(MuxerMultistream):
@@ -288,16 +320,19 @@ class _PeerStore(PeerStore):
 class GuardedSwarm(Swarm):
     """Dialling with deadlines over all addresses, accepting without leaks."""
 
-    def __init__(self, key_pair: KeyPair, limits: HostLimits, traffic: Traffic) -> None:
+    def __init__(
+        self, key_pair: KeyPair, limits: HostLimits, traffic: Traffic, privacy: Privacy
+    ) -> None:
         peer_id = ID.from_pubkey(key_pair.public_key)
         noise_key = new_x25519_key_pair().private_key
         # Noise only: the library's default would also accept a dialler in plain text.
-        upgrader = TransportUpgrader(
+        upgrader = _AllowedOnly(
+            privacy,
             {NOISE: NoiseTransport(key_pair, noise_privkey=noise_key)},
             {TProtocol(YAMUX): YamuxConnection},
         )
         upgrader.muxer_multistream = _YamuxOnly(limits.yamux, traffic)
-        tcp = GuardedTcp()
+        tcp = GuardedTcp(privacy.swarm_key)
         super().__init__(
             peer_id,
             _PeerStore(key_pair),
@@ -316,6 +351,7 @@ class GuardedSwarm(Swarm):
         )
         self.auto_connector = _NoAutoConnector(self)
         self._tcp = tcp
+        self._privacy = privacy
         self._limits = limits
         self._handshakes: dict[trio.CancelScope, None] = {}
         self._inbound = 0
@@ -351,6 +387,8 @@ class GuardedSwarm(Swarm):
             return connections[0]
         if peer_id == self.self_id:
             raise DialError("this is our own peer id")
+        if not self._privacy.allows(str(peer_id)):
+            raise DialError("it is not on our list of allowed peers (--allow-peers)")
         lock = self._dialling.setdefault(peer_id, trio.Lock())
         try:
             async with lock:
@@ -366,18 +404,43 @@ class GuardedSwarm(Swarm):
     ) -> SwarmConn:
         failures = []
         for address in self._candidates(peer_id, addresses, directly=directly):
-            with trio.move_on_after(self._limits.dial_seconds) as scope:
-                try:
-                    connection = await self.dial_addr(with_peer(address, peer_id), peer_id)
-                except Exception as error:  # noqa: BLE001 - the library raises whatever it met
-                    failures.append(f"{address}: {_root_cause(error)}")
-                else:
-                    assert isinstance(connection, SwarmConn)
-                    return connection
-            if scope.cancelled_caught:
-                failures.append(f"{address}: no answer within {self._limits.dial_seconds:g} s")
+            try:
+                return await self._dial_one(peer_id, address)
+            except DialError as error:
+                failures.append(f"{address}: {error}")
         self.peerstore.clear_addrs(peer_id)  # stale; the directory will tell newer ones
         raise DialError("; ".join(failures) or "we know no address of it")
+
+    async def _dial_one(self, peer_id: ID, address: Multiaddr) -> SwarmConn:
+        if len(self.alive()) >= self._limits.connections:
+            raise DialError("this node has as many connections as it may")
+        transport = self.transport_manager.transport_for_dialing(address)
+        if transport is None:
+            raise DialError("this node cannot dial such addresses")
+        raw: IRawConnection | None = None
+        connection: INetConn | None = None
+        try:
+            with trio.fail_after(self._limits.dial_seconds):
+                raw = await transport.dial(with_peer(address, peer_id))
+                connection = await self.upgrade_outbound_raw_conn(raw, peer_id)
+        except Exception as error:
+            late = f"no answer within {self._limits.dial_seconds:g} s"
+            reason = late if isinstance(error, trio.TooSlowError) else _root_cause(error)
+            doubt = "" if raw is None or "swarm key" in reason else self._doubt
+            raise DialError(reason + doubt) from error
+        finally:
+            if raw is not None and connection is None:
+                with trio.move_on_after(_CLOSE_SECONDS, shield=True):
+                    await raw.close()
+        assert isinstance(connection, SwarmConn)
+        return connection
+
+    @property
+    def _doubt(self) -> str:
+        """What may be wrong with a peer that is there and does not shake hands."""
+        if self._privacy.swarm_key is not None:
+            return " (wrong swarm key? or we are not on its list of allowed peers)"
+        return " (is it in a private swarm, with a --swarm-key or a list that we are not on?)"
 
     def _candidates(
         self, peer_id: ID, addresses: Sequence[Multiaddr], *, directly: bool
@@ -411,12 +474,12 @@ class GuardedSwarm(Swarm):
             return True
         finally:
             if raw is not None:
-                with trio.move_on_after(0.5, shield=True):
+                with trio.move_on_after(_CLOSE_SECONDS, shield=True):
                     await raw.close()
 
     async def accept(self, stream: trio.SocketStream) -> None:
         """Serve a connection to one of our sockets until it closes. Raises nothing."""
-        await self.serve_inbound(RawConnection(BufferedSocket(stream), initiator=False))
+        await self.serve_inbound(self._tcp.wrapped(stream, initiator=False))
 
     async def serve_inbound(self, raw: RawConnection) -> None:
         """Serve one inbound connection until it closes. Raises nothing.

@@ -52,6 +52,7 @@ from .libp2p_relay import RelayLimits
 from .libp2p_yamux import Traffic
 from .libp2p_yamux_stream import YamuxStream
 from .network import NetworkStatistics, Stream, StreamHandler
+from .private import Privacy
 from .reachability import Reachability
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class Libp2pNetwork:
         merge: MergeEntries,
         serve: bool,
         reachability: str,
+        privacy: Privacy,
         clock: Callable[[], float],
         limits: NetworkLimits,
     ) -> None:
@@ -146,7 +148,9 @@ class Libp2pNetwork:
         self._interfaces: list[Multiaddr] = []
         self._interfaces_at = -math.inf
         self._traffic = Traffic()
-        self._swarm = GuardedSwarm(key_pair_of(identity.private_key), limits.host, self._traffic)
+        self._swarm = GuardedSwarm(
+            key_pair_of(identity.private_key), limits.host, self._traffic, privacy
+        )
         self._host = GuardedHost(self._swarm, nursery, self._identified)
         self._directory = Libp2pDirectory(
             self._host,
@@ -383,6 +387,7 @@ async def open_network(
     announce: Sequence[str] = (),
     bootstrap: Sequence[str] = (),
     reachability: str = "public",
+    privacy: Privacy | None = None,
     limits: NetworkLimits | None = None,
 ) -> AsyncIterator[Libp2pNetwork]:
     """The network while the block runs; leaving it closes everything within two seconds.
@@ -390,7 +395,7 @@ async def open_network(
     With nothing to listen on it is a client: it dials, but holds nothing for others. ``clock`` is
     the wall clock in unix seconds, which entries expire by. ``announce`` replaces the addresses
     that others are told (for a forwarded port, say). ``reachability``: whether others can dial us,
-    ``public`` or ``private``, or ``auto`` to find out. Raises ConfigError for an address that cannot
+    ``public`` or ``private``, or ``auto`` to find out. ``privacy``: who may take part. Raises ConfigError for an address that cannot
     be right or cannot be bound, PeerError if ``bootstrap`` names others and none can be reached.
     """
     listen_addresses = [parse_listen_multiaddr(text) for text in listen]
@@ -407,6 +412,7 @@ async def open_network(
             merge=merge,
             serve=bool(listen),
             reachability=reachability,
+            privacy=privacy or Privacy(),
             clock=clock,
             limits=limits or NetworkLimits(),
         )

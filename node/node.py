@@ -36,6 +36,7 @@ from .libp2p_network import Libp2pNetwork, NetworkLimits, open_network
 from .loopback import LoopbackNetwork
 from .membership import Membership
 from .network import Stream
+from .private import Privacy
 from .reachability import Reachability
 from .rebalance import Rebalance
 from .router import SwarmRouter
@@ -366,6 +367,7 @@ class Node:
             announce=config.announce,
             bootstrap=config.bootstrap,
             reachability=config.reachability,
+            privacy=Privacy.of_files(config.swarm_key, config.allow_peers),
             limits=NetworkLimits(host=HostLimits.admitting(config.limits)),
         ) as outside:
             self._outside = outside

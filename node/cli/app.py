@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from ...protocol.admission import AdmissionLimits
+from ..config import swarm_key_from_environment
 from . import failures, logs
 
 app = typer.Typer(
@@ -62,6 +63,23 @@ BootstrapOption = Annotated[
         metavar="MULTIADDR",
         help="A peer of the swarm: /ip4/ADDRESS/tcp/PORT/p2p/PEER_ID. May be repeated. "
         "Default: those in $PETALS_BOOTSTRAP.",
+    ),
+]
+SwarmKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--swarm-key",
+        metavar="FILE",
+        help="The key that all nodes of a private swarm share; `petals-node swarm-key` makes one. "
+        "Default: $PETALS_SWARM_KEY.",
+    ),
+]
+AllowPeersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--allow-peers",
+        metavar="FILE",
+        help="Have to do only with the peers in this file, one peer id a line.",
     ),
 ]
 DataDirOption = Annotated[
@@ -204,6 +222,8 @@ def run_command(
         ),
     ] = None,
     bootstrap: BootstrapOption = None,
+    swarm_key: SwarmKeyOption = None,
+    allow_peers: AllowPeersOption = None,
     listen: Annotated[
         list[str] | None,
         typer.Option(
@@ -318,6 +338,8 @@ def run_command(
         blocks=arguments.parse_blocks(blocks),
         num_blocks=arguments.check_positive(num_blocks, "--num-blocks"),
         bootstrap=arguments.bootstrap_peers(bootstrap),
+        swarm_key=swarm_key or swarm_key_from_environment(),
+        allow_peers=allow_peers,
         listen=arguments.listen_addresses(listen),
         announce=arguments.announced_addresses(announce),
         reachability=reachability,
@@ -355,6 +377,8 @@ def generate_command(
     *,
     model: OriginatedModelOption = None,
     bootstrap: BootstrapOption = None,
+    swarm_key: SwarmKeyOption = None,
+    allow_peers: AllowPeersOption = None,
     max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -386,6 +410,8 @@ def generate_command(
         originator.node_config(
             model=originator.chosen_model(model, saved),
             bootstrap=bootstrap,
+            swarm_key=swarm_key,
+            allow_peers=allow_peers,
             dtype=dtype,
             wire_dtype=originator.chosen_wire_dtype(wire_dtype, saved),
             device=device,
@@ -414,6 +440,8 @@ def chat_command(
     *,
     model: OriginatedModelOption = None,
     bootstrap: BootstrapOption = None,
+    swarm_key: SwarmKeyOption = None,
+    allow_peers: AllowPeersOption = None,
     max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: TopPOption = None,
@@ -443,6 +471,8 @@ def chat_command(
         originator.node_config(
             model=originator.chosen_model(model, saved),
             bootstrap=bootstrap,
+            swarm_key=swarm_key,
+            allow_peers=allow_peers,
             dtype=dtype,
             wire_dtype=originator.chosen_wire_dtype(wire_dtype, saved),
             device=device,
@@ -474,6 +504,8 @@ def status_command(
         ),
     ] = None,
     bootstrap: BootstrapOption = None,
+    swarm_key: SwarmKeyOption = None,
+    allow_peers: AllowPeersOption = None,
     json_result: JsonOption = False,
     debug: DebugOption = False,
 ) -> int:
@@ -482,7 +514,9 @@ def status_command(
     from . import originator, status
 
     return status.status(
-        originator.node_config(model=None, bootstrap=bootstrap),
+        originator.node_config(
+            model=None, bootstrap=bootstrap, swarm_key=swarm_key, allow_peers=allow_peers
+        ),
         model=model,
         json_result=json_result,
     )
@@ -495,6 +529,21 @@ def drain_command(*, data_dir: DataDirOption = None, debug: DebugOption = False)
     from . import drain
 
     return drain.drain(data_dir)
+
+
+@app.command("swarm-key")
+def swarm_key_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")],
+    *,
+    debug: DebugOption = False,
+) -> int:
+    """Make the key of a private swarm, for all of its nodes to share (--swarm-key)."""
+    del debug
+    from .. import private
+
+    private.make_swarm_key(file)
+    typer.echo(f"Wrote {file}: give it to those whom you trust, over a safe way, and no one else.")
+    return failures.OK
 
 
 @app.command("demo")

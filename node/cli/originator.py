@@ -16,7 +16,7 @@ import trio
 from ...inference.sampling_params import SamplingParams
 from ...protocol.errors import ConfigError
 from .. import saved_session
-from ..config import DEFAULT_PATIENCE, NodeConfig
+from ..config import DEFAULT_PATIENCE, NodeConfig, swarm_key_from_environment
 from ..saved_session import SavedSession
 from ..wakeup import open_flat_nursery
 from . import arguments
@@ -33,6 +33,8 @@ def node_config(
     *,
     model: str | None,
     bootstrap: Sequence[str] | None,
+    swarm_key: Path | None = None,
+    allow_peers: Path | None = None,
     dtype: str = "auto",
     wire_dtype: str = "auto",
     device: str = "auto",
@@ -43,6 +45,8 @@ def node_config(
         model=model,
         serve=False,
         bootstrap=arguments.some_bootstrap_peers(bootstrap),
+        swarm_key=swarm_key or swarm_key_from_environment(),
+        allow_peers=allow_peers,
         dtype=dtype,
         wire_dtype=wire_dtype,
         device=device,

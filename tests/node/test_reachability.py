@@ -47,8 +47,10 @@ def test_peers_beyond_the_router_decide_by_majority(
         (Reachability(Reach.PUBLIC, insisted=True), "public, as you say. Nothing to do."),
         (
             Reachability(Reach.PRIVATE, ("12D3KooWabcdef",)),
-            "private, peers cannot dial this node; they reach it through abcdef. "
-             "For more speed, forward TCP port 31330 of your router to this machine.",
+            (
+                "private, peers cannot dial this node; they reach it through abcdef. "
+                "For more speed, forward TCP port 31330 of your router to this machine."
+            ),
         ),
         (
             Reachability(Reach.PRIVATE, ("12D3KooWabcdef", "12D3KooWghijkl"), insisted=True),
@@ -56,9 +58,11 @@ def test_peers_beyond_the_router_decide_by_majority(
         ),
         (
             Reachability(Reach.PRIVATE),
-            "private, peers cannot dial this node, and no peer relays for it yet: nobody can use "
-             "its blocks. Name a --bootstrap peer that can be dialled, or forward TCP port 31330 "
-             "of your router to this machine.",
+            (
+                "private, peers cannot dial this node, and no peer relays for it yet: nobody can use "
+                "its blocks. Name a --bootstrap peer that can be dialled, or forward TCP port 31330 "
+                "of your router to this machine."
+            ),
         ),
     ],
 )

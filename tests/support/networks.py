@@ -9,6 +9,7 @@ import trio
 from petals.node.identity import Identity, new_identity
 from petals.node.libp2p_network import Libp2pNetwork, NetworkLimits, open_network
 from petals.node.network import Directory, Network, Stream
+from petals.node.private import Privacy
 from support.memory_network import MemoryNetwork, MemorySwarm, expiring_merge
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -42,6 +43,7 @@ class Libp2pWorld:
         serve: bool = True,
         bootstrap: Sequence[str] = (),
         reachability: str = "public",
+        privacy: Privacy | None = None,
         identity: Identity | None = None,
     ) -> AbstractAsyncContextManager[Libp2pNetwork]:
         return open_network(
@@ -51,6 +53,7 @@ class Libp2pWorld:
             listen=[LOOPBACK] if serve else [],
             bootstrap=bootstrap,
             reachability=reachability,
+            privacy=privacy,
             limits=self.limits,
         )
 
