@@ -7,6 +7,7 @@ import trio
 from ..protocol.announcement import Announcement, decode_signed
 from ..protocol.checks import MAX_PLAIN_FRAME
 from ..protocol.errors import ErrorCode, PeerError, RemoteProtocolError
+from ..protocol.expected import EXPECTED_BLOCKS, Expected
 from ..protocol.frames import DESCRIBE_PROTOCOL, Describe, Description, Hello
 from .frame_stream import FrameStream, failed, open_frame_stream
 from .network import Network, Stream
@@ -21,13 +22,19 @@ async def answer(
     *,
     announcement: Callable[[], bytes | None],
     figures: Callable[[], Mapping[str, float]],
+    expected: Expected,
 ) -> None:
-    """Serve one inbound stream of the describe protocol."""
+    """Serve one inbound stream of the describe protocol; whoever is about to open is expected."""
     frames = FrameStream(stream, hello, limit=MAX_PLAIN_FRAME)
     with trio.move_on_after(TIMEOUT):
         try:
-            if isinstance(await frames.receive(), Describe):
-                await frames.send(Description(announcement() or b"", figures()))
+            asked = await frames.receive()
+            if isinstance(asked, Describe):
+                now = trio.current_time()
+                told = {**figures(), EXPECTED_BLOCKS: expected.blocks(now)}
+                if asked.blocks is not None:
+                    expected.asked(stream.peer_id, asked.blocks, now)
+                await frames.send(Description(announcement() or b"", told))
             else:
                 await frames.send(failed(ErrorCode.PROTOCOL, "ask with a describe frame"))
         except (PeerError, RemoteProtocolError):
@@ -35,15 +42,24 @@ async def answer(
 
 
 async def ask(
-    network: Network, peer_id: str, multiaddrs: Sequence[str], hello: Hello, *, now: float
+    network: Network,
+    peer_id: str,
+    multiaddrs: Sequence[str],
+    hello: Hello,
+    *,
+    blocks: int | None = None,
+    now: float,
 ) -> tuple[Announcement | None, Mapping[str, float]]:
-    """The announcement (None: it serves nothing) and the figures of a peer. Raises PeerError."""
+    """The announcement (None: it serves nothing) and the figures of a peer. Raises PeerError.
+
+    ``blocks``: how many of them a session would run that is about to be opened there.
+    """
     with trio.move_on_after(TIMEOUT):
         frames = await open_frame_stream(
             network, peer_id, tuple(multiaddrs), DESCRIBE_PROTOCOL, hello
         )
         try:
-            await frames.send(Describe())
+            await frames.send(Describe(blocks))
             answered = await frames.receive()
             if not isinstance(answered, Description):
                 raise RemoteProtocolError("it answered with something else")

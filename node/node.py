@@ -23,6 +23,7 @@ from ..inference.sampling_params import SamplingParams
 from ..inference.torch_thread import TorchThread
 from ..protocol.announcement import Announcement, PeerState, as_multiaddrs, merge_entries
 from ..protocol.errors import ConfigError, PeerError, PetalsError
+from ..protocol.expected import Expected
 from ..protocol.frames import DESCRIBE_PROTOCOL, PROTOCOL_VERSION, SESSION_PROTOCOL, Hello
 from ..protocol.placement import Move, choose_span, placed, should_move
 from ..protocol.span import Span
@@ -82,6 +83,7 @@ class Node:
         self._nursery: trio.Nursery | None = None
         self._checkpoint: Checkpoint | None = None
         self._server: BlockServer | None = None
+        self._expected = Expected()
         self._originator: Originator | None = None
         self._originator_lock = trio.Lock()
         self._generations = 0
@@ -298,6 +300,7 @@ class Node:
                     fingerprint=checkpoint.fingerprint,
                     num_blocks=checkpoint.num_blocks,
                     round_trips=self._round_trips,
+                    ask=self.describe,
                     ourselves=self._ourselves,
                     clock=wall_clock,
                     dice=self._dice,
@@ -344,11 +347,15 @@ class Node:
         return list(found.values())
 
     async def describe(
-        self, peer_id: str, multiaddrs: Sequence[str] = ()
+        self, peer_id: str, multiaddrs: Sequence[str] = (), *, blocks: int | None = None
     ) -> tuple[Announcement | None, Mapping[str, float]]:
-        """Ask a peer for its announcement and its figures. Raises PeerError."""
+        """Ask a peer for its announcement and its figures. Raises PeerError.
+
+        ``blocks``: how many of them a session would run that is about to be opened there.
+        """
+        network = self._running_network()
         return await describe.ask(
-            self._running_network(), peer_id, multiaddrs, self._hello, now=wall_clock()
+            network, peer_id, multiaddrs, self._hello, blocks=blocks, now=wall_clock()
         )
 
     # --- the life of a node -------------------------------------------------------------------
@@ -417,7 +424,7 @@ class Node:
         )
         await server.start(self._span)
         self._server = server
-        network.handle(SESSION_PROTOCOL, server.handle)
+        network.handle(SESSION_PROTOCOL, partial(self._serve_session, server))
         await membership.announce()
         if capacity.span is None and capacity.num_blocks < checkpoint.num_blocks:
             model = checkpoint.fingerprint, checkpoint.num_blocks
@@ -508,6 +515,7 @@ class Node:
                 0 if used is None else used.cache_tokens_total - used.cache_tokens_used
             ),
             sessions=0 if server is None else server.sessions,
+            session_blocks=0 if server is None else server.session_blocks,
             version=__version__[:24],
             sequence=sequence,
             expires_at=expires_at,
@@ -520,7 +528,12 @@ class Node:
             self._hello,
             announcement=self._running_membership().describe,
             figures=self.statistics,
+            expected=self._expected,
         )
+
+    async def _serve_session(self, server: "BlockServer", stream: Stream) -> None:
+        self._expected.came(stream.peer_id)
+        await server.handle(stream)
 
     def _running_network(self) -> LoopbackNetwork:
         if self._network is None:

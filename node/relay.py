@@ -216,6 +216,11 @@ class Relay:
         """Sessions open now."""
         return len(self._sessions)
 
+    @property
+    def session_blocks(self) -> int:
+        """The blocks that they run, over all of them."""
+        return sum(len(session.opened.span) for session in self._sessions.values())
+
     async def handle(self, stream: Stream) -> None:
         """Serve one inbound stream of the session protocol."""
         frames = FrameStream(stream, self._hello, limit=MAX_PLAIN_FRAME)

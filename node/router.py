@@ -1,15 +1,22 @@
-"""Find hops for a session: the node's view of the swarm put through ``protocol/routing.py``."""
+"""Find hops for a session: the node's view of the swarm put through ``protocol/routing.py``.
+
+Those that a new session would go through are asked what they carry, and the choice is looked at again
+(``protocol/choice.py``). A recovery asks nobody: its text stands still meanwhile.
+"""
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import trio
 
 from ..protocol.announcement import Announcement
+from ..protocol.choice import Choice
 from ..protocol.dice import Dice
 from ..protocol.errors import NoRoute, PeerError
-from ..protocol.routing import LatencyEstimates, RouteHop, plan_route
+from ..protocol.expected import EXPECTED_BLOCKS
+from ..protocol.routing import LatencyEstimates, Route, RouteHop, plan_route
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
 from .membership import Membership
@@ -17,6 +24,13 @@ from .membership import Membership
 REFRESH_TIMEOUT = 3.0
 """Seconds for asking the swarm anew. A frozen peer holds that up for longer, and a session that
 waits had better look at what is known again."""
+ASK_TIMEOUT = 2.0
+"""Seconds for a candidate to say what it carries, being dialled first if need be: six round trips."""
+CHOICE_TIMEOUT = 3.0
+"""Seconds for asking in all. What is known then has to do."""
+
+Ask = Callable[..., Awaitable[tuple[Announcement | None, Mapping[str, float]]]]
+"""``Node.describe``."""
 
 
 class SwarmRouter:
@@ -31,6 +45,7 @@ class SwarmRouter:
         fingerprint: str,
         num_blocks: int,
         round_trips: Callable[[], dict[str, float]],
+        ask: Ask,
         ourselves: Callable[[], Announcement | None],
         clock: Callable[[], float],
         dice: Dice,
@@ -41,6 +56,7 @@ class SwarmRouter:
         self._fingerprint = fingerprint
         self._num_blocks = num_blocks
         self._round_trips = round_trips
+        self._ask = ask
         self._ourselves = ourselves
         self._clock = clock
         self._dice = dice
@@ -61,17 +77,20 @@ class SwarmRouter:
                 await self._membership.refresh(self._fingerprint, self._num_blocks)
             # whatever it has brought, has to do
         plan = partial(self._plan, span=span, exclude=exclude, source=source, sink=sink)
-        with contextlib.suppress(NoRoute):
-            return plan(self._candidates(cache_tokens))
-        try:  # whoever failed a while ago is better than nobody, and asking the swarm takes longer
-            return plan(self._candidates(cache_tokens, urgent=True))
+        try:
+            choice = self._choice(cache_tokens, plan)
         except NoRoute:
             if not fresh:
                 raise
+        else:
+            if source is None and sink is None:
+                with trio.move_on_after(CHOICE_TIMEOUT):
+                    await self._ask_candidates(choice, cache_tokens)
+            return choice.route.hops
         with contextlib.suppress(PeerError), trio.move_on_after(REFRESH_TIMEOUT):
             await self._membership.check_model(self._model_name, self._fingerprint)
         everybody = {peer.peer_id: peer for peer in self._candidates(0, urgent=True)}
-        full = plan(everybody.values())  # raises, and names the blocks, if there is a gap
+        full = plan(everybody.values()).hops  # raises, and names the blocks, if there is a gap
         left = {hop: everybody[hop.peer_id].cache_tokens_left for hop in full}
         short = [hop for hop in full if left[hop] < cache_tokens]
         raise NoRoute(
@@ -90,8 +109,8 @@ class SwarmRouter:
         exclude: frozenset[str],
         source: str | None,
         sink: str | None,
-    ) -> Sequence[RouteHop]:
-        route = plan_route(
+    ) -> Route:
+        return plan_route(
             candidates,
             span,
             latency=LatencyEstimates.of(candidates, self._round_trips()),
@@ -102,7 +121,48 @@ class SwarmRouter:
             sink=sink,
             model_name=self._model_name,
         )
-        return route.hops
+
+    def _choice(
+        self, cache_tokens: int, plan: Callable[[Collection[Announcement]], Route]
+    ) -> Choice:
+        with contextlib.suppress(NoRoute):
+            return Choice(self._candidates(cache_tokens), plan)
+        # whoever failed a while ago is better than nobody, and asking the swarm takes longer
+        return Choice(self._candidates(cache_tokens, urgent=True), plan)
+
+    async def _ask_candidates(self, choice: Choice, cache_tokens: int) -> None:
+        """Ask those on the route what they carry, and those on the next one, until it stays."""
+        while asked := choice.to_ask():
+            expected = await self._expected_blocks(asked)
+            choice.heard(
+                asked,
+                [
+                    replace(peer, session_blocks=peer.session_blocks + expected[peer.peer_id])
+                    for peer in self._candidates(cache_tokens, urgent=True)
+                    if peer.peer_id in expected
+                ],
+            )
+
+    async def _expected_blocks(self, asked: Sequence[RouteHop]) -> dict[str, int]:
+        """Of those that answer, what they expect beside what they now announce."""
+        expected: dict[str, int] = {}
+
+        async def ask(hop: RouteHop) -> None:
+            try:
+                with trio.move_on_after(ASK_TIMEOUT):
+                    said, figures = await self._ask(
+                        hop.peer_id, hop.multiaddrs, blocks=len(hop.span)
+                    )
+                    if said is not None:
+                        self._swarm.update(said, self._clock())
+                        expected[hop.peer_id] = max(0, int(figures.get(EXPECTED_BLOCKS, 0)))
+            except PeerError:
+                self._swarm.failed(hop.peer_id, self._clock())
+
+        async with trio.open_nursery() as nursery:
+            for hop in asked:
+                nursery.start_soon(ask, hop)
+        return expected
 
     def _candidates(self, cache_tokens: int, *, urgent: bool = False) -> list[Announcement]:
         """Who may be a hop, this node included (the swarm's view is of the others)."""

@@ -67,6 +67,11 @@ class BlockServer:
         """Sessions open now, those that are being handed over included."""
         return sum(relay.sessions for relay in self._relays())
 
+    @property
+    def session_blocks(self) -> int:
+        """Over all open sessions, the blocks that they run here."""
+        return sum(relay.session_blocks for relay in self._relays())
+
     async def start(self, span: Span) -> None:
         """Load ``span`` and serve it. Raises ModelError or ConfigError."""
         self.span = span

@@ -181,6 +181,8 @@ class Announcement:
     """Unix seconds."""
     moving_to: Span | None = None
     """What it is loading to serve instead of ``span``, which it serves meanwhile."""
+    session_blocks: int = 0
+    """Over all open sessions, the blocks that they run here: what a step may have to wait for."""
     public_name: str | None = None
     network_speed: float | None = None
     """Bytes per second that it can send; None: not measured."""
@@ -216,6 +218,7 @@ class Announcement:
         "sequence": checks.counter,
         "expires_at": checks.number(0, 1e11),
         "moving_to": checks.optional(checks.span),
+        "session_blocks": checks.counter,
         "public_name": checks.optional(_public_name),
         "network_speed": checks.optional(checks.number(0, _MAX_SPEED)),
         "round_trips": _round_trips,

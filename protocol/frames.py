@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from . import checks
-from .checks import MAX_BATCH, MAX_REASON, MAX_TOKENS, SESSION_ID_BYTES, Check, Peer
+from .checks import MAX_BATCH, MAX_BLOCKS, MAX_REASON, MAX_TOKENS, SESSION_ID_BYTES, Check, Peer
 from .errors import ErrorCode
 from .prefix import DIGEST_BYTES, MAX_PREFIXES
 from .span import Span
@@ -284,8 +284,14 @@ class Close(Frame):
 class Describe(Frame):
     """On the describe protocol: tell me about yourself."""
 
+    blocks: int | None = None
+    """How many of its blocks a session would run that the asker is about to open, if it is. Others
+    who ask in that moment are told of it (``expected.py``)."""
+
     KIND: ClassVar[str] = "describe"
-    CHECKS: ClassVar[Mapping[str, Check]] = {}
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "blocks": checks.optional(checks.integer(1, MAX_BLOCKS)),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The best ring of peers through a run of blocks.
 
-A route is a shortest path. Its cost adds up, hop by hop, the latency from the hop before it and
-the time that its peer takes for the blocks used, more if the peer is loaded; and at the end the
-latency to where the last hop sends its output.
+A route is a shortest path. Its cost adds up, hop by hop, the latency from the hop before it, what a
+step waits there for those of other sessions, and the time that its peer takes for the blocks used;
+and at the end the latency to where the last hop sends its output.
 
 Rules of this file:
 
@@ -34,9 +34,11 @@ round trip has the detour in it, but neither the relay's bandwidth, which others
 more machine can fail."""
 NOMINAL_SPEED = 100.0
 """Tokens per second through one block, of a peer that has not measured its own: a slow one."""
-LOAD_PER_SESSION = 0.25
-"""How much longer a step takes for each session open at the peer. Sessions share each read of the
-weights, and most of them wait for somebody most of the time, so it is well below 1."""
+LOAD_PER_BLOCK = 0.5
+"""What a block that an open session runs at the peer adds to a step there, in times of that block
+alone. Half of it is the wait for that session: they share each read of the weights, and most of them
+wait for somebody most of the time. As much again is what that session will wait for us: originators
+who count the cost to others spread as is best for all (the marginal price, as on roads)."""
 FAILURE_SECONDS = 0.05
 """What it costs to go through a peer for each time that it failed us lately: as much as another
 hop across the Internet. A recovery costs more, but a past failure is no certain one."""
@@ -128,9 +130,14 @@ class LatencyEstimates:
 
 
 def block_seconds(peer: Announcement, objective: Objective = Objective.LATENCY) -> float:
-    """The time that ``peer`` takes for one row through one block, under its present load."""
+    """The time that ``peer`` takes for one row through one block, alone."""
     speed = peer.decode_speed if objective is Objective.LATENCY else peer.prefill_speed
-    return (1 + LOAD_PER_SESSION * peer.sessions) / (speed or NOMINAL_SPEED)
+    return 1 / (speed or NOMINAL_SPEED)
+
+
+def load_seconds(peer: Announcement, objective: Objective = Objective.LATENCY) -> float:
+    """What the sessions at ``peer`` add to a step there, whatever blocks it is for."""
+    return LOAD_PER_BLOCK * peer.session_blocks * block_seconds(peer, objective)
 
 
 def plan_route(
@@ -186,7 +193,7 @@ def plan_route(
 
 def _pace(peer: Announcement, blocks: int, latency: float) -> Pace:
     row = blocks * block_seconds(peer, Objective.THROUGHPUT)
-    return Pace(latency + blocks * block_seconds(peer), row)
+    return Pace(latency + load_seconds(peer) + blocks * block_seconds(peer), row)
 
 
 def no_route(model_name: str, missing: Sequence[Span], peers_seen: int) -> NoRoute:
@@ -215,7 +222,10 @@ def _costs(
     weight = 1.0 if objective is Objective.LATENCY else THROUGHPUT_LATENCY
     ids = [peer.peer_id for peer, _ in useful]
     seconds = [block_seconds(peer, objective) for peer, _ in useful]
-    risk = [FAILURE_SECONDS * min(failures(peer_id), MAX_FAILURES) for peer_id in ids]
+    risk = [
+        FAILURE_SECONDS * min(failures(peer.peer_id), MAX_FAILURES) + load_seconds(peer, objective)
+        for peer, _ in useful
+    ]
     entry = [
         weight * latency(source, peer_id) + dearer
         for peer_id, dearer in zip(ids, risk, strict=True)

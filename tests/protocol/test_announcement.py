@@ -44,6 +44,7 @@ LARGEST = announce(
     prefill_speed=1e12,
     cache_tokens_left=1 << 53,
     sessions=1 << 20,
+    session_blocks=1 << 53,
     version="9" * 24,
     sequence=1 << 53,
     public_name="\N{OLD ITALIC LETTER A}" * 64,

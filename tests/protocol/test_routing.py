@@ -16,6 +16,7 @@ from petals.protocol.routing import (
     Route,
     RouteHop,
     block_seconds,
+    load_seconds,
     no_route,
     plan_route,
 )
@@ -64,8 +65,8 @@ def test_only_the_blocks_asked_for_are_routed() -> None:
 
 
 def test_a_busy_peer_is_left_to_others() -> None:
-    busy, idle = announce(1, MODEL, sessions=3), announce(2, MODEL, decode_speed=90.0)
-    assert block_seconds(busy) == pytest.approx(1.75 / 100)
+    busy, idle = announce(1, MODEL, session_blocks=6), announce(2, MODEL, decode_speed=90.0)
+    assert load_seconds(busy) == pytest.approx(3 / 100)
     assert plan([busy, idle]).hops[0].peer_id == peer_id(2)
 
 
@@ -82,6 +83,15 @@ def test_a_hop_comes_with_the_speed_that_it_has_announced() -> None:
     assert first.pace.step == pytest.approx(DEFAULT_LATENCY + 2 / 100)
     assert first.pace.row == pytest.approx(2 / 400)
     assert second.pace.step == pytest.approx(DEFAULT_LATENCY + 6 / 100)
+
+
+def test_a_step_waits_at_a_busy_peer_however_few_blocks_it_is_for() -> None:
+    busy = announce(1, MODEL, decode_speed=1000.0, session_blocks=200)
+    idle = announce(2, Span(0, 7), decode_speed=100.0)
+    route = plan([busy, idle], latency=nowhere)
+    assert who(route) == [(peer_id(1), "0:8")]  # having waited, it may as well run all
+    assert route.cost == pytest.approx((100 + 8) / 1000)
+    assert route.hops[0].pace.step == pytest.approx(0.108)
 
 
 def test_an_unmeasured_peer_is_taken_for_a_slow_one() -> None:
@@ -185,7 +195,8 @@ def exhaustive(peers: list[Announcement], latency: Any, start: int, end: int) ->
             others = [other for other in rest if other is not peer]
             for stop in range(block + 1, min(end, peer.span.end) + 1):
                 if block in peer.span:
-                    cost = latency(last, peer.peer_id) + (stop - block) * block_seconds(peer)
+                    cost = latency(last, peer.peer_id) + load_seconds(peer)
+                    cost += (stop - block) * block_seconds(peer)
                     best = min(best, cost + onward(stop, peer.peer_id, others))
         return best
 
@@ -199,9 +210,19 @@ def swarms(draw: st.DrawFn) -> list[Announcement]:
         start = draw(st.integers(0, 4))
         span = Span(start, draw(st.integers(start + 1, 5)))
         speed = draw(st.sampled_from([10.0, 30.0, 100.0, 1000.0]))
+        load = draw(st.sampled_from([0, 0, 3, 40]))
         others = st.sampled_from([peer_id(other) for other in range(1, 7)])
         times = draw(st.dictionaries(others, st.floats(0, 0.2), max_size=4))
-        peers.append(announce(number, span, decode_speed=speed, round_trips=times, num_blocks=5))
+        peers.append(
+            announce(
+                number,
+                span,
+                decode_speed=speed,
+                session_blocks=load,
+                round_trips=times,
+                num_blocks=5,
+            )
+        )
     return peers
 
 

@@ -83,7 +83,7 @@ FRAME_STRATEGIES: dict[str, st.SearchStrategy[Frame]] = {
     ),
     "failed": st.builds(Failed, codes, reasons, st.none() | peer_ids),
     "close": st.builds(Close, reasons),
-    "describe": st.builds(Describe),
+    "describe": st.builds(Describe, st.none() | st.integers(1, MAX_BLOCKS)),
     "description": st.builds(
         Description,
         st.binary(max_size=1000),
