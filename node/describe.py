@@ -1,6 +1,6 @@
 """``/petals/describe/1``: what a node is and carries right now, asked of the node itself."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import trio
 
@@ -14,6 +14,9 @@ from .network import Network, Stream
 
 TIMEOUT = 5.0
 """Seconds for the whole exchange; a candidate that takes longer is of no use to a session."""
+
+Ask = Callable[..., Awaitable[tuple[Announcement | None, Mapping[str, float]]]]
+"""``Node.describe``: ``ask`` below, by this node."""
 
 
 async def answer(

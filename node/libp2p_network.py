@@ -274,6 +274,12 @@ class Libp2pNetwork:
         """How many peers we have a live connection to."""
         return len(self.connected_peers())
 
+    async def release(self, peer_id: str) -> None:
+        """Close the connections to a peer that carry no stream."""
+        for connection in self._swarm.alive(self._parse_peer(peer_id)):
+            if not getattr(connection.muxed_conn, "streams", ()):
+                await connection.close()
+
     def round_trip(self, peer_id: str) -> float | None:
         """Seconds to a connected peer and back, smoothed over pings; None if not known yet."""
         connections = self._swarm.alive(self._parse_peer(peer_id))

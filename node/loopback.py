@@ -113,6 +113,10 @@ class LoopbackNetwork:
         """The other peers that we have a live connection to."""
         return self._outside.connected_peers()
 
+    async def release(self, peer_id: str) -> None:
+        """Close the connections to a peer that carry no stream."""
+        await self._outside.release(peer_id)
+
     def round_trip(self, peer_id: str) -> float | None:
         """Seconds to a connected peer and back; none at all to ourselves."""
         return 0.0 if peer_id == self.peer_id else self._outside.round_trip(peer_id)

@@ -103,6 +103,10 @@ class Network(Protocol):
         """The peers that we have a live connection to."""
         ...
 
+    async def release(self, peer_id: str) -> None:
+        """Close the connections to a peer that carry no stream, of either side."""
+        ...
+
     def round_trip(self, peer_id: str) -> float | None:
         """Seconds to a connected peer and back, smoothed; None if not known (yet)."""
         ...

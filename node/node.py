@@ -26,12 +26,14 @@ from ..protocol.errors import ConfigError, PeerError, PetalsError
 from ..protocol.expected import Expected
 from ..protocol.frames import DESCRIBE_PROTOCOL, PROTOCOL_VERSION, SESSION_PROTOCOL, Hello
 from ..protocol.placement import Move, choose_span, placed, should_move
+from ..protocol.round_trips import ends, successors
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
 from ..protocol.tensor import DType
 from . import describe, saved_session
 from .config import NodeConfig
 from .identity import load_identity, new_identity
+from .latency import LatencyWatch
 from .libp2p_guards import HostLimits
 from .libp2p_network import Libp2pNetwork, NetworkLimits, open_network
 from .loopback import LoopbackNetwork
@@ -80,6 +82,7 @@ class Node:
         self._outside: Libp2pNetwork | None = None
         self._network: LoopbackNetwork | None = None
         self._membership: Membership | None = None
+        self._latency: LatencyWatch | None = None
         self._nursery: trio.Nursery | None = None
         self._checkpoint: Checkpoint | None = None
         self._server: BlockServer | None = None
@@ -276,6 +279,9 @@ class Node:
             raise ConfigError("model: this node has none to generate with; name it (--model)")
         checkpoint = await self._open_checkpoint()
         membership, network = self._running_membership(), self._running_network()
+        if not self.config.serve:  # a node that serves keeps its view fresh already
+            membership.watch(checkpoint.fingerprint, checkpoint.num_blocks)
+            self._running_nursery().start_soon(membership.run)
         swarm = self._swarm
 
         def load() -> "Originator":
@@ -320,11 +326,27 @@ class Node:
         return self._describe_self(0, wall_clock() + 1)
 
     def _round_trips(self) -> dict[str, float]:
-        """Seconds to the peers that we are connected to."""
-        network = self._running_network()
-        peers = (network.peer_id, *network.connected_peers())
-        measured = {peer_id: network.round_trip(peer_id) for peer_id in peers}
-        return {peer_id: seconds for peer_id, seconds in measured.items() if seconds is not None}
+        """Seconds to the peers that were measured, and to ourselves."""
+        assert self._latency is not None, "made as soon as there is a network"
+        return {**self._latency.known(), self.peer_id: 0.0}
+
+    def _useful_peers(self) -> list[Announcement]:
+        """Whom this node would use: behind its own blocks, and at the ends of its sessions."""
+        checkpoint = self._checkpoint
+        if checkpoint is None:
+            return []
+        peers = self._swarm.candidates(wall_clock(), checkpoint.fingerprint)
+        useful = set() if self.span is None else successors(self.span, peers)
+        if self._originator is not None:
+            useful |= ends(checkpoint.num_blocks, peers)
+        return [peer for peer in peers if peer.peer_id in useful]
+
+    def _successor_round_trips(self, span: Span) -> dict[str, float]:
+        if self._latency is None:
+            return {}
+        now = wall_clock()
+        measured = (self._swarm.get(peer_id, now) for peer_id in self._latency.measured())
+        return self._latency.nearest(successors(span, filter(None, measured)))
 
     # --- looking at the swarm -----------------------------------------------------------------
 
@@ -388,10 +410,18 @@ class Node:
             )
             async with open_flat_nursery() as self._nursery:
                 self._network = LoopbackNetwork(outside, self._nursery)
+                self._latency = LatencyWatch(
+                    self._network,
+                    candidates=self._useful_peers,
+                    ask=self.describe,
+                    heard=lambda peer: self._swarm.update(peer, wall_clock()),
+                    dice=self._dice,
+                )
                 try:
                     self._network.handle(DESCRIBE_PROTOCOL, self._answer_describe)
                     self._nursery.start_soon(self._stay_joined)
                     self._nursery.start_soon(self._tell_how_we_are_reached)
+                    self._nursery.start_soon(self._latency.run)
                     if config.serve and config.model is not None:
                         await self._start_serving()
                     yield
@@ -520,6 +550,7 @@ class Node:
             sequence=sequence,
             expires_at=expires_at,
             public_name=self.config.public_name,
+            round_trips=self._successor_round_trips(self.span),
         )
 
     async def _answer_describe(self, stream: Stream) -> None:

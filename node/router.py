@@ -5,7 +5,7 @@ Those that a new session would go through are asked what they carry, and the cho
 """
 
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +19,7 @@ from ..protocol.expected import EXPECTED_BLOCKS
 from ..protocol.routing import LatencyEstimates, Route, RouteHop, plan_route
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
+from .describe import Ask
 from .membership import Membership
 
 REFRESH_TIMEOUT = 3.0
@@ -28,9 +29,6 @@ ASK_TIMEOUT = 2.0
 """Seconds for a candidate to say what it carries, being dialled first if need be: six round trips."""
 CHOICE_TIMEOUT = 3.0
 """Seconds for asking in all. What is known then has to do."""
-
-Ask = Callable[..., Awaitable[tuple[Announcement | None, Mapping[str, float]]]]
-"""``Node.describe``."""
 
 
 class SwarmRouter:

@@ -53,6 +53,8 @@ MAX_DEPTH = 8
 """Of fields that newer versions may have added; deeper ones serve to exhaust somebody's stack."""
 MAX_ROUND_TRIPS = 16
 """A node's nearest few successors: routing needs no more, and 10,000 nodes must stay small."""
+MAX_ROUND_TRIP = 60.0
+"""Seconds."""
 
 SWARM_KEY = b"/petals/swarm"
 """The DHT key under which models of any name are listed."""
@@ -121,7 +123,7 @@ def _public_name(value: Any) -> str:
 def _round_trips(value: Any) -> Mapping[str, float]:
     if not isinstance(value, Mapping) or len(value) > MAX_ROUND_TRIPS:
         raise BadValueError(f"a map of at most {MAX_ROUND_TRIPS} round-trip times")
-    seconds = checks.number(0, 60)
+    seconds = checks.number(0, MAX_ROUND_TRIP)
     return MappingProxyType({_peer_id(peer): seconds(time) for peer, time in value.items()})
 
 

@@ -326,6 +326,22 @@ async def test_round_trips_are_measured(world: World) -> None:
         assert await until_measured(client, server.peer_id) > 0
 
 
+async def test_a_connection_is_released_when_nothing_uses_it(world: World) -> None:
+    async with world.network() as server, world.network(serve=False) as client:
+        server.handle(ECHO, echo)
+        stream = await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
+        await client.release(server.peer_id)
+        assert client.connected_peers() == (server.peer_id,)
+        await stream.close()
+        await until_idle(client)
+        await client.release(server.peer_id)
+        await until_alone(client)
+        await until_alone(server)
+        again = await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
+        await again.send([b"still there"])
+        assert await receive_exactly(again, 11) == b"still there"
+
+
 async def test_the_directory_merges_what_many_put(world: World) -> None:
     async with (
         world.network() as first,

@@ -143,6 +143,8 @@ class MemorySwarm:
     clock: Callable[[], float]
     round_trip: float = 0.001
     """What every node measures to every other, in seconds."""
+    round_trips: dict[str, float] = field(default_factory=dict)
+    """What every node measures to some of them instead."""
     networks: dict[str, "MemoryNetwork"] = field(default_factory=dict)
     numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
@@ -282,8 +284,15 @@ class MemoryNetwork:
     def connected_peers(self) -> tuple[str, ...]:
         return tuple(sorted(self.peers))
 
+    async def release(self, peer_id: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if not any(stream.peer_id == peer_id and stream.open for stream, _ in self.streams):
+            self._swarm.disconnect(self._peer_id, peer_id)
+
     def round_trip(self, peer_id: str) -> float | None:
-        return self._swarm.round_trip if peer_id in self.peers else None
+        if peer_id not in self.peers:
+            return None
+        return self._swarm.round_trips.get(peer_id, self._swarm.round_trip)
 
     async def put(self, key: bytes, entry: bytes) -> int:
         await trio.lowlevel.checkpoint()
