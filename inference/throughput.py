@@ -50,6 +50,13 @@ class Throughput:
     prefill: float
     """Of one prompt."""
 
+    def scaled_to(self, decode: float) -> "Throughput":
+        """What a machine would do that is as much slower, or faster, in everything."""
+        factor = decode / self.decode
+        return Throughput(
+            decode, self.decode_8 * factor, self.decode_32 * factor, self.prefill * factor
+        )
+
 
 @torch.inference_mode()
 def measure(blocks: Blocks) -> Throughput:

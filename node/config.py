@@ -88,6 +88,9 @@ class NodeConfig:
     """``cpu``, ``cuda``, ``cuda:N``; ``auto`` takes CUDA when there is some."""
     cache_tokens: int | None = None
     """Tokens of KV cache for all sessions together. None: from the free memory."""
+    throughput: float | None = None
+    """Tokens per second through one block that this node counts as, to the swarm; for a machine that
+    has other things to do, too. None: what it has measured."""
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
     """What other peers may have of this node."""
     public_name: str | None = None
@@ -125,6 +128,10 @@ class NodeConfig:
             raise ConfigError("blocks: of which model? name it with model (--model)")
         if self.cache_tokens is not None and self.cache_tokens < 1:
             raise ConfigError(f"cache_tokens: must be at least 1, got {self.cache_tokens}")
+        if self.throughput is not None and not 0 < self.throughput < math.inf:
+            raise ConfigError(
+                f"throughput: must be tokens per second, above 0, got {self.throughput}"
+            )
         if not 0 <= self.patience < math.inf:
             raise ConfigError(
                 f"patience: must be a number of seconds, at least 0, got {self.patience}"

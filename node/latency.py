@@ -41,7 +41,7 @@ class LatencyWatch:
         *,
         candidates: Callable[[], Sequence[Announcement]],
         ask: Ask,
-        heard: Callable[[Announcement], None],
+        heard: Callable[[Announcement], object],
         dice: Dice,
     ) -> None:
         """``candidates`` says whom this node would use; ``heard`` takes what they say of themselves."""

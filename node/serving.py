@@ -93,6 +93,8 @@ def load(
     throughput = remembered(
         blocks, model=checkpoint.fingerprint, precision=precision.name, folder=config.data_dir
     )
+    if config.throughput is not None:
+        throughput = throughput.scaled_to(config.throughput)
     engine = Engine(blocks, cache_tokens=cache_tokens, thread=thread)
     return Served(engine, span, throughput)
 

@@ -221,6 +221,14 @@ def run_command(
             "as fit the free memory.",
         ),
     ] = None,
+    throughput: Annotated[
+        float | None,
+        typer.Option(
+            "--throughput",
+            metavar="N",
+            help="Count as N tokens per second through one block, instead of what was measured.",
+        ),
+    ] = None,
     bootstrap: BootstrapOption = None,
     swarm_key: SwarmKeyOption = None,
     allow_peers: AllowPeersOption = None,
@@ -337,6 +345,7 @@ def run_command(
         model=model,
         blocks=arguments.parse_blocks(blocks),
         num_blocks=arguments.check_positive(num_blocks, "--num-blocks"),
+        throughput=throughput,
         bootstrap=arguments.bootstrap_peers(bootstrap),
         swarm_key=swarm_key or swarm_key_from_environment(),
         allow_peers=allow_peers,

@@ -197,6 +197,11 @@ class ProcessSwarm:
         joining = ("--model", str(model), "--bootstrap", self.address, *options)
         return self._serving([self._start(*joining, "--blocks", span) for span in spans])
 
+    def serve_some(self, model: str | Path, *options: str) -> ServingNode:
+        """Start a node that chooses its blocks, and wait until it serves."""
+        joining = ("--model", str(model), "--bootstrap", self.address)
+        return self._serving([self._start(*joining, *options)])[0]
+
     def serve_behind(self, proxies: Mapping[str, Proxy], model: str | Path) -> list[ServingNode]:
         """Start a node behind each proxy, by the span that it is to serve."""
         return self._serving(
