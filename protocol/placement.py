@@ -1,33 +1,83 @@
-"""Which blocks a joining node should serve.
+"""Which blocks a node should serve: when it joins, and whether it should move later.
 
-The rule is the one of the Petals paper (arXiv 2312.08361): the contiguous run of blocks where the
-swarm's throughput is least, weakest block first; so blocks that nobody serves come before all
-others. A node divides its throughput among the blocks of its span, since a token needs all of
+A joining node follows the rule of the Petals paper (arXiv 2312.08361): the contiguous run of blocks
+where the swarm's throughput is least, weakest block first; so blocks that nobody serves come before
+all others. A node divides its throughput among the blocks of its span, since a token needs all of
 them.
+
+A running node asks now and then whether it should move. All nodes make the same plan from the same
+view, and a node moves when it is its turn in it: at once to blocks that nobody serves
+(``covering``), else when the weakest block is weaker than it need be (``balancing``). Where views
+differ, two may move for one reason; so a node waits a random while and asks again before it moves.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from .announcement import Announcement, PeerState
+from .balancing import balancing_step
+from .covering import covering_plan, ready
 from .dice import Dice, pick
+from .layout import Layout, Placed
 from .routing import NOMINAL_SPEED
 from .span import Span
 
+__all__ = ["Move", "Placed", "block_throughput", "choose_span", "placed", "should_move"]
 
-def block_throughput(announcements: Iterable[Announcement], num_blocks: int) -> list[float]:
-    """Tokens per second that the swarm can put through each block.
 
-    Counts nodes that serve, and those that are loading: they have made their choice. A node that
-    is leaving does not count.
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Where a node should go."""
+
+    span: Span
+    urgent: bool
+    """Whether it covers blocks that nobody serves."""
+
+
+def placed(announcements: Iterable[Announcement], num_blocks: int) -> list[Placed]:
+    """Who counts, of a model with ``num_blocks``.
+
+    Those that serve, and those that are loading: they have made their choice. A node that is
+    leaving does not count.
     """
-    throughput = [0.0] * num_blocks
+    nodes = []
     for announcement in announcements:
         span = announcement.span
         if span is None or announcement.state not in (PeerState.JOINING, PeerState.ONLINE):
             continue
-        share = (announcement.decode_speed or NOMINAL_SPEED) / len(span)
-        for block in range(span.start, min(span.end, num_blocks)):
-            throughput[block] += share
+        within = span.intersection(Span(0, num_blocks))
+        if within is not None:
+            speed = announcement.decode_speed or NOMINAL_SPEED
+            # what it gives to each block is what it was, if some are beyond the model
+            nodes.append(Placed(announcement.peer_id, within, speed * len(within) / len(span)))
+    return nodes
+
+
+def should_move(
+    own: Placed, others: Sequence[Placed], num_blocks: int, capacity_blocks: int
+) -> Move | None:
+    """Where this node should go now, if anywhere; others hold elsewhere as many blocks as here."""
+    if capacity_blocks < 1:
+        raise ValueError(f"a node must hold at least 1 block, not {capacity_blocks}")
+    layout = Layout([own, *others], num_blocks, {own.peer_id: capacity_blocks})
+    urgent = bool(layout.uncovered())
+    if urgent:
+        steps = ready(layout, covering_plan(layout))
+    else:
+        step = balancing_step(layout)
+        steps = [] if step is None else [step]
+    for step in steps:
+        if layout.nodes[step.number].peer_id == own.peer_id:
+            return Move(step.target, urgent)
+    return None
+
+
+def block_throughput(announcements: Iterable[Announcement], num_blocks: int) -> list[float]:
+    """Tokens per second that the swarm can put through each block."""
+    throughput = [0.0] * num_blocks
+    for node in placed(announcements, num_blocks):
+        for block in range(node.span.start, node.span.end):
+            throughput[block] += node.speed / len(node.span)
     return throughput
 
 
