@@ -65,6 +65,9 @@ class NodeConfig:
     reachability: str = "auto"
     """Whether others can dial this node: ``public``, ``private`` (it is reached through relays), or
     ``auto`` to find out."""
+    mdns: bool | None = None
+    """Whether to look for peers, and be found, on the local network. None: if no bootstrap peer is
+    named, and others than this machine can dial the addresses of ``listen``."""
     swarm_key: Path | None = field(default_factory=swarm_key_from_environment)
     """File with the key that all nodes of a private swarm share; None: the swarm is open."""
     allow_peers: Path | None = None
@@ -141,6 +144,15 @@ class NodeConfig:
             raise ConfigError(
                 f"public_name: must be 1 to {MAX_PUBLIC_NAME} printable characters, got {name!r}"
             )
+
+    @property
+    def looks_around(self) -> bool:
+        """Whether to use mDNS."""
+        if self.mdns is not None:
+            return self.mdns
+        local = ("/ip4/127.", "/ip6/::1/")
+        dialled = self.serve and any(not address.startswith(local) for address in self.listen)
+        return dialled and not self.bootstrap
 
     @property
     def identity_file(self) -> Path | None:

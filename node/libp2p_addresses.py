@@ -51,6 +51,11 @@ def announced_addresses(bound: Sequence[Multiaddr]) -> list[Multiaddr]:
     return list(addresses)
 
 
+def is_loopback(address: Multiaddr) -> bool:
+    """Whether only this machine can dial the address."""
+    return ip_address(_value(address, "ip4") or _value(address, "ip6") or "").is_loopback
+
+
 def interface_hosts() -> set[str]:
     """All IP addresses of this machine, in their shortest form."""
     return {

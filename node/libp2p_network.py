@@ -30,11 +30,13 @@ from .identity import Identity
 from .libp2p_addresses import (
     announced_addresses,
     bind,
+    is_loopback,
     parse_listen_multiaddr,
     parse_multiaddr,
     parse_peer_multiaddr,
     readable_multiaddr,
 )
+from .libp2p_circuit_addresses import with_peer
 from .libp2p_circuits import CircuitLimits
 from .libp2p_dialback import DialBackLimits
 from .libp2p_directory import DirectoryLimits, Libp2pDirectory, MergeEntries
@@ -51,14 +53,18 @@ from .libp2p_reachability import ReachabilityKeeper
 from .libp2p_relay import RelayLimits
 from .libp2p_yamux import Traffic
 from .libp2p_yamux_stream import YamuxStream
+from .mdns import LanPeers
 from .network import NetworkStatistics, Stream, StreamHandler
 from .private import Privacy
 from .reachability import Reachability
+from .wakeup import Signal
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 1.5  # for all connections together, when the network ends
 _INTERFACES_SECONDS = 30.0  # how long the machine's addresses are taken to stay the same
+_LAN_LOOK_SECONDS = 0.5  # until neighbours are dialled again, who may have come meanwhile
+_LAN_RETRY_SECONDS = 60.0
 _SMALL_SEND = 16 * 1024  # buffers up to here are joined: a frame header must not travel alone
 
 
@@ -73,6 +79,8 @@ class NetworkLimits:
     dial_back: DialBackLimits = field(default_factory=DialBackLimits)
     settle_seconds: float = 12.0
     """How long a node that joins waits to know how it is reached, before it tells others."""
+    lan_seconds: float = 4.0
+    """How long it looks for peers on its own network, when it knows no others."""
 
 
 class Libp2pStream:
@@ -136,6 +144,7 @@ class Libp2pNetwork:
         serve: bool,
         reachability: str,
         privacy: Privacy,
+        mdns: bool,
         clock: Callable[[], float],
         limits: NetworkLimits,
     ) -> None:
@@ -143,6 +152,9 @@ class Libp2pNetwork:
         self._nursery = nursery
         self._limits = limits
         self._serve = serve
+        self._mdns = mdns
+        self._lan_news = Signal()
+        self._lan = LanPeers(self._lan_news.notify)
         self._announce = tuple(announce)
         self._bound: list[Multiaddr] = []
         self._interfaces: list[Multiaddr] = []
@@ -229,7 +241,7 @@ class Libp2pNetwork:
         All are dialled at once. Our own addresses among them are skipped, so that all nodes can
         have the same list. Raises ConfigError if one cannot be right.
         """
-        return len(await self._join(bootstrap, []))
+        return len(await self._join([*bootstrap, *self._lan_addresses()], []))
 
     async def _join(self, bootstrap: Sequence[str], failures: list[str]) -> set[str]:
         others = [text for text in bootstrap if str(parse_peer_multiaddr(text)[0]) != self.peer_id]
@@ -257,14 +269,56 @@ class Libp2pNetwork:
         Raises PeerError with the reasons if there are others and none was reached.
         """
         failures: list[str] = []
-        if not await self._join(bootstrap, failures) and failures:
-            raise PeerError(
-                "no bootstrap peer could be reached: " + "; ".join(failures),
-                code=ErrorCode.UNREACHABLE,
-            )
+        if self._mdns:
+            self._nursery.start_soon(self._lan.run, *self._told_on_the_lan())
+        if not await self._join(bootstrap, failures):
+            if failures:
+                raise PeerError(
+                    "no bootstrap peer could be reached: " + "; ".join(failures),
+                    code=ErrorCode.UNREACHABLE,
+                )
+            if self._mdns:
+                await self._meet_the_lan()
+        if self._mdns:
+            self._nursery.start_soon(self._stay_with_the_lan)
         if self._serve:
             self._nursery.start_soon(self._reachability.run)
             await self._reachability.settled(self._limits.settle_seconds)
+
+    async def _meet_the_lan(self) -> None:
+        """Raises PeerError if nobody is there and we are nobody to join, either."""
+        with trio.move_on_after(self._limits.lan_seconds):
+            while not await self._join(self._lan_addresses(), []):
+                with trio.move_on_after(_LAN_LOOK_SECONDS):
+                    await self._lan_news.wait()
+        if not self._serve and not self.connected_peers():
+            raise PeerError(
+                f"nobody on this network answered within {self._limits.lan_seconds:g} s: start a "
+                "node with `petals-node run`, or name a peer elsewhere with --bootstrap",
+                code=ErrorCode.UNREACHABLE,
+            )
+
+    async def _stay_with_the_lan(self) -> None:
+        while True:
+            with trio.move_on_after(_LAN_RETRY_SECONDS):
+                await self._lan_news.wait()
+            await self._join(self._lan_addresses(), [])
+
+    def _lan_addresses(self) -> list[str]:
+        """Of the peers on this network that we are not connected to."""
+        connected, usable = self.connected_peers(), []
+        for text in self._lan.multiaddrs:
+            address = readable_multiaddr(text)
+            peer = None if address is None else address.get_peer_id()
+            if peer and peer not in connected:
+                usable.append(text)
+        return usable
+
+    def _told_on_the_lan(self) -> tuple[int, list[str]]:
+        """Our port and addresses, for neighbours: those that they can dial whatever a router does."""
+        bound = announced_addresses(self._host.get_transport_addrs())
+        own = [with_peer(each, self._swarm.self_id) for each in bound if not is_loopback(each)]
+        return (int(bound[0].value_for_protocol("tcp")) if bound else 0), list(map(str, own))
 
     def connected_peers(self) -> tuple[str, ...]:
         """The peers that we have a live connection to."""
@@ -394,6 +448,7 @@ async def open_network(
     bootstrap: Sequence[str] = (),
     reachability: str = "public",
     privacy: Privacy | None = None,
+    mdns: bool = False,
     limits: NetworkLimits | None = None,
 ) -> AsyncIterator[Libp2pNetwork]:
     """The network while the block runs; leaving it closes everything within two seconds.
@@ -401,7 +456,7 @@ async def open_network(
     With nothing to listen on it is a client: it dials, but holds nothing for others. ``clock`` is
     the wall clock in unix seconds, which entries expire by. ``announce`` replaces the addresses
     that others are told (for a forwarded port, say). ``reachability``: whether others can dial us,
-    ``public`` or ``private``, or ``auto`` to find out. ``privacy``: who may take part. Raises ConfigError for an address that cannot
+    ``public`` or ``private``, or ``auto`` to find out. ``privacy``: who may take part. ``mdns``: look for peers on this network, too. Raises ConfigError for an address that cannot
     be right or cannot be bound, PeerError if ``bootstrap`` names others and none can be reached.
     """
     listen_addresses = [parse_listen_multiaddr(text) for text in listen]
@@ -419,6 +474,7 @@ async def open_network(
             serve=bool(listen),
             reachability=reachability,
             privacy=privacy or Privacy(),
+            mdns=mdns,
             clock=clock,
             limits=limits or NetworkLimits(),
         )

@@ -396,6 +396,7 @@ class Node:
             announce=config.announce,
             bootstrap=config.bootstrap,
             reachability=config.reachability,
+            mdns=config.looks_around,
             privacy=Privacy.of_files(config.swarm_key, config.allow_peers),
             limits=NetworkLimits(host=HostLimits.admitting(config.limits)),
         ) as outside:
@@ -502,11 +503,11 @@ class Node:
     async def _stay_joined(self) -> None:
         """Bootstrap again when nobody is connected any more (an outage, a restarted peer)."""
         network = self._running_network()
-        while self.config.bootstrap:
+        while self.config.bootstrap or self.config.looks_around:
             await trio.sleep(REJOIN_INTERVAL)
             if not network.connected_peers():
                 reached = await network.join(self.config.bootstrap)
-                logger.info("nobody was connected; reached %d bootstrap peers", reached)
+                logger.info("nobody was connected; reached %d peers", reached)
 
     async def _tell_how_we_are_reached(self) -> None:
         while True:

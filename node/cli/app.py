@@ -65,6 +65,14 @@ BootstrapOption = Annotated[
         "Default: those in $PETALS_BOOTSTRAP.",
     ),
 ]
+MdnsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--mdns/--no-mdns",
+        help="Look for peers on the local network, and be found there. Default: if no bootstrap "
+        "peer is named.",
+    ),
+]
 SwarmKeyOption = Annotated[
     Path | None,
     typer.Option(
@@ -230,6 +238,7 @@ def run_command(
         ),
     ] = None,
     bootstrap: BootstrapOption = None,
+    mdns: MdnsOption = None,
     swarm_key: SwarmKeyOption = None,
     allow_peers: AllowPeersOption = None,
     listen: Annotated[
@@ -347,6 +356,7 @@ def run_command(
         num_blocks=arguments.check_positive(num_blocks, "--num-blocks"),
         throughput=throughput,
         bootstrap=arguments.bootstrap_peers(bootstrap),
+        mdns=mdns,
         swarm_key=swarm_key or swarm_key_from_environment(),
         allow_peers=allow_peers,
         listen=arguments.listen_addresses(listen),
@@ -386,6 +396,7 @@ def generate_command(
     *,
     model: OriginatedModelOption = None,
     bootstrap: BootstrapOption = None,
+    mdns: MdnsOption = None,
     swarm_key: SwarmKeyOption = None,
     allow_peers: AllowPeersOption = None,
     max_new_tokens: MaxNewTokensOption = None,
@@ -419,6 +430,7 @@ def generate_command(
         originator.node_config(
             model=originator.chosen_model(model, saved),
             bootstrap=bootstrap,
+            mdns=mdns,
             swarm_key=swarm_key,
             allow_peers=allow_peers,
             dtype=dtype,
@@ -449,6 +461,7 @@ def chat_command(
     *,
     model: OriginatedModelOption = None,
     bootstrap: BootstrapOption = None,
+    mdns: MdnsOption = None,
     swarm_key: SwarmKeyOption = None,
     allow_peers: AllowPeersOption = None,
     max_new_tokens: MaxNewTokensOption = None,
@@ -480,6 +493,7 @@ def chat_command(
         originator.node_config(
             model=originator.chosen_model(model, saved),
             bootstrap=bootstrap,
+            mdns=mdns,
             swarm_key=swarm_key,
             allow_peers=allow_peers,
             dtype=dtype,
@@ -513,6 +527,7 @@ def status_command(
         ),
     ] = None,
     bootstrap: BootstrapOption = None,
+    mdns: MdnsOption = None,
     swarm_key: SwarmKeyOption = None,
     allow_peers: AllowPeersOption = None,
     json_result: JsonOption = False,
@@ -524,7 +539,11 @@ def status_command(
 
     return status.status(
         originator.node_config(
-            model=None, bootstrap=bootstrap, swarm_key=swarm_key, allow_peers=allow_peers
+            model=None,
+            bootstrap=bootstrap,
+            mdns=mdns,
+            swarm_key=swarm_key,
+            allow_peers=allow_peers,
         ),
         model=model,
         json_result=json_result,

@@ -99,8 +99,8 @@ def some_bootstrap_peers(given: Sequence[str] | None) -> tuple[str, ...]:
     if not peers:
         raise ConfigError(
             f"no way into a swarm: name a peer with --bootstrap {_DIALLED}, or several in the "
-            f"environment variable {BOOTSTRAP_VARIABLE}; `petals-node run` starts a swarm of your "
-            "own and `petals-node demo` shows one"
+            f"environment variable {BOOTSTRAP_VARIABLE}, or look on the local network with --mdns; "
+            "`petals-node run` starts a swarm of your own and `petals-node demo` shows one"
         )
     return peers
 

@@ -33,6 +33,7 @@ def node_config(
     *,
     model: str | None,
     bootstrap: Sequence[str] | None,
+    mdns: bool | None = None,
     swarm_key: Path | None = None,
     allow_peers: Path | None = None,
     dtype: str = "auto",
@@ -44,7 +45,10 @@ def node_config(
     return NodeConfig(
         model=model,
         serve=False,
-        bootstrap=arguments.some_bootstrap_peers(bootstrap),
+        bootstrap=(arguments.bootstrap_peers if mdns else arguments.some_bootstrap_peers)(
+            bootstrap
+        ),
+        mdns=mdns,
         swarm_key=swarm_key or swarm_key_from_environment(),
         allow_peers=allow_peers,
         dtype=dtype,

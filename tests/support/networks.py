@@ -44,16 +44,19 @@ class Libp2pWorld:
         bootstrap: Sequence[str] = (),
         reachability: str = "public",
         privacy: Privacy | None = None,
+        mdns: bool = False,
+        listen: str = LOOPBACK,
         identity: Identity | None = None,
     ) -> AbstractAsyncContextManager[Libp2pNetwork]:
         return open_network(
             identity or new_identity(),
             merge=expiring_merge,
             clock=self.clock,
-            listen=[LOOPBACK] if serve else [],
+            listen=[listen] if serve else [],
             bootstrap=bootstrap,
             reachability=reachability,
             privacy=privacy,
+            mdns=mdns,
             limits=self.limits,
         )
 

@@ -51,14 +51,16 @@ def environment(**changes: str) -> dict[str, str]:
 class CommandProcess:
     """A running command. Use it as a context manager: leaving it kills what still runs."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, network: str | None = None) -> None:
+        """``network``: the network namespace to run in."""
         self.arguments = arguments
+        inside = {} if network is None else {"PETALS_TEST_NETWORK": network}
         self.lines: list[str] = []
         """What was read of standard output so far."""
         self._queue: queue.Queue[str | None] = queue.Queue()
         self._errors: list[str] = []
         self.process = ForkedProcess(
-            [arguments[0], "--exit-with-stdin", *arguments[1:]], environment()
+            [arguments[0], "--exit-with-stdin", *arguments[1:]], environment(**inside)
         )
         self._readers = [
             threading.Thread(target=self._read_output, daemon=True),
@@ -157,8 +159,15 @@ def run_command(
 class ServingNode(CommandProcess):
     """A ``petals-node run`` process; ``wait_serving`` before anything else is asked of it."""
 
-    def __init__(self, folder: Path, *options: str, listen: str = LOOPBACK) -> None:
-        super().__init__("run", "--json", "--listen", listen, "--data-dir", str(folder), *options)
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        listen: str = LOOPBACK,
+        network: str | None = None,
+    ) -> None:
+        command = ("run", "--json", "--listen", listen, "--data-dir", str(folder))
+        super().__init__(*command, *options, network=network)
         self.folder = folder
         """Its data directory."""
         self.peer_id = ""
