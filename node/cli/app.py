@@ -530,7 +530,11 @@ def status_command(
     mdns: MdnsOption = None,
     swarm_key: SwarmKeyOption = None,
     allow_peers: AllowPeersOption = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on showing what changes, until Ctrl-C.")
+    ] = False,
     json_result: JsonOption = False,
+    exit_with_stdin: EndWithStdinOption = False,
     debug: DebugOption = False,
 ) -> int:
     """Show which blocks are served how often, by whom, how fast, and in which state."""
@@ -547,6 +551,8 @@ def status_command(
         ),
         model=model,
         json_result=json_result,
+        watch=watch,
+        exit_with_stdin=exit_with_stdin,
     )
 
 

@@ -1,45 +1,61 @@
-"""``petals-node status``: who serves which blocks of which model, in a table or as JSON.
+"""``petals-node status``: who serves which blocks of which model, once or as it changes.
 
-``summarise`` turns announcements into plain values; the rest shows them.
+``summarise`` turns announcements into plain values, which ``--json`` writes as they are and
+``status_view.py`` draws. Where nobody looks (standard output is no terminal) a picture is written only
+when something has changed.
 """
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mode
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
 from ...protocol.announcement import Announcement, PeerState, as_model_name
-from ...protocol.span import Span, coverage, gaps
+from ...protocol.errors import PeerError
+from ...protocol.placement import block_throughput
+from ...protocol.span import coverage, gaps
 from ..config import NodeConfig
-from . import failures, originator
+from ..wakeup import open_flat_nursery
+from . import failures, leaving, originator
 
-if TYPE_CHECKING:
-    from rich.table import Table
+INTERVAL = 2.0
+"""Seconds between two looks. One costs the swarm a lookup, and each node shown a question."""
+PIPE_WIDTH = 160
+"""Columns where there is no terminal, so that no figure is cut off."""
+
+Models = Sequence[dict[str, Any]]
 
 
-def status(config: NodeConfig, *, model: str | None, json_result: bool) -> int:
-    """Ask the swarm and show what it says, of one model or of all."""
+def status(
+    config: NodeConfig, *, model: str | None, json_result: bool, watch: bool, exit_with_stdin: bool
+) -> int:
+    """Ask the swarm and show what it says, of one model or of all; with ``watch`` until Ctrl-C."""
+    if exit_with_stdin:
+        leaving.leave_when_stdin_ends()
     name = None
     if model is not None:
         path = Path(model)
         name = as_model_name(path.name if path.is_dir() else model)
-    models = summarise(trio.run(_ask, config, name))
-    if json_result:
-        sys.stdout.write(json.dumps({"models": models}) + "\n")
+    write = _write_json if json_result else _write_picture
+    if not watch:
+        write(trio.run(_ask, config, name))
+    elif json_result or not sys.stdout.isatty():
+        trio.run(_until_told_to_leave, partial(_watch, config, name, _Changes(write).show))
     else:
-        show(models)
+        _watch_in_terminal(config, name)
     return failures.OK
 
 
-async def _ask(config: NodeConfig, name: str | None) -> Sequence[Announcement]:
-    from ..node import Node
-
-    async with Node(config) as node:
-        return await node.swarm_view(name)
+def reachability(multiaddrs: Sequence[str]) -> str:
+    """Whether others dial a node directly, or only through a relay; it may have no address at all."""
+    if not multiaddrs:
+        return "none"
+    return "relayed" if all("/p2p-circuit" in address for address in multiaddrs) else "direct"
 
 
 def summarise(announcements: Iterable[Announcement]) -> list[dict[str, Any]]:
@@ -59,15 +75,15 @@ def summarise(announcements: Iterable[Announcement]) -> list[dict[str, Any]]:
 
 def _summarise_model(name: str, fingerprint: str, peers: list[Announcement]) -> dict[str, Any]:
     num_blocks = mode(peer.num_blocks for peer in peers)  # one peer may say anything
-    online = [
-        peer.span for peer in peers if peer.span is not None and peer.state is PeerState.ONLINE
-    ]
+    serving = [peer for peer in peers if peer.state is PeerState.ONLINE]
+    online = [peer.span for peer in serving if peer.span is not None]
     return {
         "model": name,
         "fingerprint": fingerprint,
         "num_blocks": num_blocks,
         "coverage": coverage(online, num_blocks),
         "missing": [[gap.start, gap.end] for gap in gaps(online, num_blocks)],
+        "throughput": block_throughput(serving, num_blocks),
         "peers": [_summarise_peer(peer) for peer in sorted(peers, key=_by_blocks)],
     }
 
@@ -82,69 +98,106 @@ def _summarise_peer(peer: Announcement) -> dict[str, Any]:
         "peer_id": peer.peer_id,
         "public_name": peer.public_name,
         "multiaddrs": list(peer.multiaddrs),
+        "reachability": reachability(peer.multiaddrs),
         "blocks": [peer.span.start, peer.span.end] if peer.span else None,
         "state": peer.state,
         "dtype": peer.dtype,
         "decode_speed": peer.decode_speed,
         "prefill_speed": peer.prefill_speed,
         "sessions": peer.sessions,
+        "session_blocks": peer.session_blocks,
         "cache_tokens_left": peer.cache_tokens_left,
         "version": peer.version,
     }
 
 
-def show(models: Sequence[dict[str, Any]]) -> None:
-    """Write the models for people."""
+# --- once -----------------------------------------------------------------------------------------
+
+
+async def _ask(config: NodeConfig, name: str | None) -> Models:
+    from ..node import Node
+
+    async with Node(config) as node:
+        return summarise(await node.swarm_view(name))
+
+
+def _write_json(models: Models) -> None:
+    sys.stdout.write(json.dumps({"models": models}) + "\n")
+    sys.stdout.flush()
+
+
+def _write_picture(models: Models) -> None:
     from rich.console import Console
 
-    # A pipe has no width: give it enough that no figure is cut off.
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    if not models:
-        console.print("No peer serves a model here.", highlight=False)
-    for model in models:
-        console.print(headline(model), markup=False, highlight=False)
-        console.print(_table(model))
+    from .status_view import picture
+
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console.print(picture(models, console.width))
 
 
-def headline(model: dict[str, Any]) -> str:
-    """One line about a model: is it whole, and how often is each block there."""
-    counts = model["coverage"]
-    if model["missing"]:
-        spans = ", ".join(str(Span(start, end)) for start, end in model["missing"])
-        state = f"cannot run: nobody serves blocks {spans}"
-    else:
-        state = f"every block served at least {min(counts)}×"
-    return (
-        f"{model['model']} ({model['fingerprint'][:8]}): {model['num_blocks']} blocks, {state}; "
-        f"coverage {' '.join(map(str, counts))}"
-    )
+# --- as it changes --------------------------------------------------------------------------------
+
+Show = Callable[[Models, str | None], None]
+"""Shows the models, and why the swarm could not be asked since, if it could not."""
 
 
-def _table(model: dict[str, Any]) -> "Table":
-    from rich.markup import escape
-    from rich.table import Table
+class _Changes:
+    """Writes what differs from what was written before."""
 
-    table = Table()
-    for heading in ("peer", "name", "state", "dtype"):
-        table.add_column(heading)
-    table.add_column("blocks", justify="right")
-    for heading in ("decode", "prefill", "sessions", "cache left"):
-        table.add_column(heading, justify="right")
-    for peer in model["peers"]:
-        blocks = peer["blocks"]
-        table.add_row(
-            originator.short_peer_id(peer["peer_id"]),
-            escape(peer["public_name"] or ""),
-            peer["state"],
-            peer["dtype"],
-            f"{blocks[0]}:{blocks[1]}" if blocks else "",
-            _speed(peer["decode_speed"]),
-            _speed(peer["prefill_speed"]),
-            str(peer["sessions"]),
-            f"{peer['cache_tokens_left']} tokens",
-        )
-    return table
+    def __init__(self, write: Callable[[Models], None]) -> None:
+        self._write = write
+        self._written: Models | None = None
+        self._told: str | None = None
+
+    def show(self, models: Models, trouble: str | None) -> None:
+        """Write the models if they are news; a trouble is for standard error, once."""
+        if trouble is not None and self._told is None:
+            originator.note(trouble)
+        self._told = trouble
+        if models != self._written:
+            self._written = models
+            self._write(models)
 
 
-def _speed(tokens_per_second: float) -> str:
-    return f"{tokens_per_second:.1f} tokens/s" if tokens_per_second else "not measured"
+async def _watch(config: NodeConfig, name: str | None, show: Show) -> None:
+    from ..node import Node
+
+    async with Node(config) as node:
+        models: Models = summarise(await node.swarm_view(name))
+        trouble = None
+        while True:
+            show(models, trouble)
+            await trio.sleep(INTERVAL)
+            try:
+                models, trouble = summarise(await node.swarm_view(name)), None
+            except PeerError as error:
+                trouble = f"The swarm cannot be asked; trying again. ({error})"
+
+
+async def _until_told_to_leave(action: Callable[[], Awaitable[None]]) -> None:
+    async with open_flat_nursery() as nursery:
+
+        async def leave(task_status: trio.TaskStatus[None]) -> None:
+            await leaving.wait_until_told_to_leave(task_status=task_status)
+            nursery.cancel_scope.cancel()
+
+        await nursery.start(leave)
+        await action()
+
+
+def _watch_in_terminal(config: NodeConfig, name: str | None) -> None:
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from .status_view import picture
+
+    console = Console()
+
+    def show(models: Models, trouble: str | None) -> None:
+        foot = trouble or f"every {INTERVAL:g} s; Ctrl-C ends"
+        style = "dim" if trouble is None else "red"
+        live.update(Group(picture(models, console.width), Text(foot, style=style)), refresh=True)
+
+    with Live(console=console, auto_refresh=False) as live:
+        trio.run(_until_told_to_leave, partial(_watch, config, name, show))
