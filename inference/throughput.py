@@ -123,7 +123,14 @@ def _source() -> str:
     """What changes when the code that is measured does."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("attention.py", "kernels.py", "linear.py", "native.c", "native.py", "throughput.py"):
+    for name in (
+        "attention.py",
+        "kernels.py",
+        "linear.py",
+        "native.c",
+        "native.py",
+        "throughput.py",
+    ):
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:12]
 

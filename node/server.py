@@ -87,7 +87,9 @@ class BlockServer:
         assert old is not None
         logger.info("moving from blocks %s to %s", before, span)
         beside = await wait_future(
-            self._thread.run(partial(serving.fits_beside, self._checkpoint, span, old, self._config))
+            self._thread.run(
+                partial(serving.fits_beside, self._checkpoint, span, old, self._config)
+            )
         )
         if beside:
             self.moving_to = span

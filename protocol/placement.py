@@ -37,12 +37,12 @@ class Move:
 def placed(announcements: Iterable[Announcement], num_blocks: int) -> list[Placed]:
     """Who counts, of a model with ``num_blocks``.
 
-    Those that serve, and those that are loading: they have made their choice. A node that is
-    leaving does not count.
+    Those that serve, and those that are loading: they have made their choice. A node counts where it
+    moves to, and one that is leaving does not count.
     """
     nodes = []
     for announcement in announcements:
-        span = announcement.span
+        span = announcement.moving_to or announcement.span
         if span is None or announcement.state not in (PeerState.JOINING, PeerState.ONLINE):
             continue
         within = span.intersection(Span(0, num_blocks))

@@ -1,5 +1,7 @@
 """Which faults a seed brings, and whom they may hit."""
 
+import math
+
 from chaos_parts.schedule import PAUSES, RANGES, Kind, may_be_hurt, schedule
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ def test_faults_come_in_order_and_last_as_long_as_their_kind_does(seed: int) -> 
         least, most = RANGES.get(fault.kind, (0.0, 0.0))
         assert least <= fault.seconds <= most
         assert (fault.delay > 0) is (fault.kind is Kind.DELAY)
+        assert (fault.rate < math.inf) is (fault.kind is Kind.NARROW)
         before = fault.at
 
 

@@ -74,7 +74,8 @@ async def liar(
         data_dir=folder,
     )
     async with Node(config) as node:
-        assert node._relay is not None
+        relay = node._server and node._server.relay
+        assert relay
 
         async def send(session: RelayedSession, stream: FrameStream, rows: int) -> None:
             while True:
@@ -84,7 +85,7 @@ async def liar(
                 else:
                     await stream.send(lie(outgoing))
 
-        node._relay._send_outgoing = send  # type: ignore[method-assign]
+        relay._send_outgoing = send  # type: ignore[method-assign]
         yield node
 
 
