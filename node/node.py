@@ -473,14 +473,15 @@ class Node:
         others = self._swarm.peers(wall_clock(), checkpoint.fingerprint)
         return choose_span(others, checkpoint.num_blocks, num_blocks, self._dice)
 
-    def _better_place(self, checkpoint: "Checkpoint", capacity: int) -> Move | None:
+    async def _better_place(self, checkpoint: "Checkpoint", capacity: int) -> Move | None:
         own = self._ourselves()
         if own is None:
             return None
         total = checkpoint.num_blocks
         others = placed(self._swarm.peers(wall_clock(), checkpoint.fingerprint), total)
         (ours,) = placed([own], total)
-        return should_move(ours, others, total, capacity)
+        # a plan for a dozen nodes takes a quarter of a second when it is made for the first time
+        return await trio.to_thread.run_sync(should_move, ours, others, total, capacity)
 
     async def _open_checkpoint(self) -> "Checkpoint":
         if self._checkpoint is not None:

@@ -42,7 +42,7 @@ class Rebalance:
     def __init__(
         self,
         *,
-        look: Callable[[], Move | None],
+        look: Callable[[], Awaitable[Move | None]],
         refresh: Callable[[], Awaitable[None]],
         move: Callable[[Span], Awaitable[None]],
         dice: Dice,
@@ -64,7 +64,7 @@ class Rebalance:
         settings = self._settings
         while True:
             await trio.sleep(settings.interval * (0.5 + self._dice.random()))
-            wanted = self._look()
+            wanted = await self._look()
             if wanted is None:
                 continue
             longest = settings.urgent_wait if wanted.urgent else settings.wait
@@ -74,7 +74,7 @@ class Rebalance:
                     await self._refresh()
             except PetalsError as error:  # whatever is known has to do
                 logger.debug("could not ask the swarm before moving: %s", error)
-            wanted = self._look()
+            wanted = await self._look()
             if wanted is None:
                 continue
             try:

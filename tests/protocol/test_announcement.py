@@ -146,7 +146,7 @@ def test_a_field_out_of_bounds_is_refused_on_both_sides(bad: dict[str, Any]) -> 
 @pytest.mark.parametrize("name", sorted(Announcement.CHECKS))
 def test_a_missing_field_is_refused_unless_it_may_be_none(name: str) -> None:
     data = forge({field: value for field, value in USUAL.items() if field != name})
-    if name in ("span", "public_name", "network_speed"):
+    if name in ("span", "moving_to", "public_name", "network_speed"):
         assert getattr(decode_signed(data, NOW), name) is None
     else:
         with pytest.raises(RemoteProtocolError, match=f"announcement's {name} must be"):
