@@ -25,6 +25,7 @@ from ..protocol.dice import Dice
 from ..protocol.errors import PeerError, PetalsError, RemoteProtocolError
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm, model_mismatch
+from ..protocol.upkeep import Upkeep, upkeep
 from .network import Directory
 
 log = logging.getLogger(__name__)
@@ -42,14 +43,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class MembershipSettings:
-    """How often, and how patiently; seconds, if nothing else is said."""
+    """How patiently; seconds, if nothing else is said. How often: ``protocol/upkeep.py``."""
 
-    announce_interval: float = 20.0
-    """Between two announcements, give or take a tenth, so that nodes do not march in step."""
-    time_to_live: float = 60.0
-    """How long an announcement holds: three intervals, so that two may be lost."""
-    refresh_interval: float = 20.0
-    """Between two readings of what others announced, give or take a tenth."""
     first_retry: float = 1.0
     """Before the next try when nobody took an announcement; doubles up to the interval."""
     shortest_interval: float = 5.0
@@ -103,11 +98,17 @@ class Membership:
         self._watched: dict[tuple[str, int], None] = {}
         self._under_way: dict[tuple[str, int], _Refresh] = {}
         self._refreshed_at: dict[tuple[str, int], float] = {}
+        self._known = 0
 
     @property
     def own(self) -> Announcement | None:
         """What this node last announced."""
         return self._own
+
+    @property
+    def upkeep(self) -> Upkeep:
+        """How often to tell and to ask, in a swarm of this size."""
+        return upkeep(self._size())
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Announce and refresh until cancelled. Started when the first announcement was tried."""
@@ -134,8 +135,7 @@ class Membership:
         announcement = None if self._left else self._current()
         if announcement is None or announcement.span is None:
             return None
-        known = len(self._swarm.peers(self._clock(), announcement.model))
-        listed = self._dice.random() * known < INDEX_WRITERS
+        listed = self._dice.random() * self._size() < INDEX_WRITERS
         # the regions of the last announcement, too: nobody shall look for this node where it was
         keys = {*region_keys(announcement.model, announcement.span)}
         elsewhere = self._regions - keys
@@ -206,11 +206,15 @@ class Membership:
         if mismatch is not None:
             raise mismatch
 
+    def _size(self) -> int:
+        # most that the last reading brought may have expired: the swarm is no smaller for that
+        return max(self._known, len(self._swarm.peers(self._clock())))
+
     def _current(self) -> Announcement | None:
         # unix milliseconds: higher after a restart than whatever was said before it
         now = self._clock()
         self._sequence = max(self._sequence + 1, int(now * 1000))
-        return self._describe(self._sequence, now + self._settings.time_to_live)
+        return self._describe(self._sequence, now + self.upkeep.time_to_live)
 
     async def _announce_forever(self, *, task_status: trio.TaskStatus[None]) -> None:
         settings = self._settings
@@ -222,7 +226,7 @@ class Membership:
             if not started:
                 started = True
                 task_status.started()
-            pause = self._jittered(settings.announce_interval)
+            pause = self._jittered(self.upkeep.announce_interval)
             if taken == 0:
                 pause = min(pause, retry)
                 # to be expected of a swarm's first node
@@ -246,7 +250,7 @@ class Membership:
                 except PeerError as error:
                     log.info("%s", error)
             self._swarm.expire(self._clock())
-            await trio.sleep(self._jittered(self._settings.refresh_interval))
+            await trio.sleep(self._jittered(self.upkeep.refresh_interval))
 
     def _jittered(self, interval: float) -> float:
         return interval * (0.9 + 0.2 * self._dice.random())
@@ -274,6 +278,7 @@ class Membership:
         if len(errors) == len(keys):
             return f"cannot find out who serves the model: {errors[0]}"
         self._refreshed_at[fingerprint, num_blocks] = trio.current_time()
+        self._known = len(self._swarm.peers(self._clock(), fingerprint))
         return None
 
     def _decoded(self, entries: Iterable[bytes]) -> list[Announcement]:

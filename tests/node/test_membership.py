@@ -450,3 +450,25 @@ async def test_the_view_forgets_who_expired(
     with trio.move_on_after(90):
         await client.membership.run()
     assert repr(client.swarm) == "<Swarm of 0 peers, 0 avoided, 0 banned>"
+
+
+async def test_in_a_large_swarm_a_member_announces_and_reads_less_often(
+    directory: Directory, mock_clock: trio.testing.MockClock
+) -> None:
+    crowd = [
+        entry(number, Span(0, 8), num_blocks=BLOCKS, expires_at=NOW + 300)
+        for number in range(2, 252)
+    ]
+    directory.table[REGIONS[0]] = crowd
+    server = Node(directory, 1, Span(0, 4))
+    server.membership.watch(MODEL, BLOCKS)
+    await server.membership.refresh(MODEL, BLOCKS)
+    directory.gets.clear()
+    with trio.move_on_after(220):
+        await server.membership.run()
+    assert server.membership.upkeep.announce_interval == 50
+    assert len({time for time, _ in directory.puts}) == 5
+    assert directory.gets == REGIONS
+    own = server.membership.own
+    assert own is not None
+    assert 100 < own.expires_at - clock() <= 150
