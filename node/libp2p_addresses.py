@@ -85,10 +85,14 @@ async def bind(addresses: Sequence[Multiaddr]) -> list[Listener]:
         for address in addresses:
             host = _value(address, "ip4") or _value(address, "ip6")
             port = int(_value(address, "tcp") or 0)
-            listeners.append(Listener(await trio.open_tcp_listeners(port, host=host)))
+            sockets = await trio.open_tcp_listeners(port, host=host)
+            for listener in sockets:
+                # for dialling from this port; set only now, nobody else can listen on it
+                listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listeners.append(Listener(sockets))
     except OSError as error:
-        for listener in listeners:
-            await listener.close()
+        for opened in listeners:
+            await opened.close()
         advice = {
             errno.EADDRINUSE: "stop what listens there, or choose another port (/tcp/0 lets the "
             "system choose)",

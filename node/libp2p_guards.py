@@ -20,6 +20,10 @@ from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
 from libp2p.custom_types import StreamHandlerFn, TMuxerOptions, TProtocol, TSecurityOptions
 from libp2p.host.basic_host import BasicHost
 from libp2p.identity.identify.identify import ID as IDENTIFY
+from libp2p.identity.identify.identify import (
+    _mk_identify_protobuf,
+    _remote_address_to_multiaddr,
+)
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH
 from libp2p.identity.update import update_peerstore_from_identify
@@ -41,7 +45,7 @@ from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.transport.exceptions import SecurityUpgradeFailure
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
-from libp2p.utils.varint import read_length_prefixed_protobuf
+from libp2p.utils.varint import encode_varint_prefixed, read_length_prefixed_protobuf
 from multiaddr import Multiaddr
 
 from ..protocol.admission import AdmissionLimits
@@ -461,6 +465,24 @@ class GuardedSwarm(Swarm):
         except DialError as error:
             raise SwarmException(f"cannot reach {peer_id}: {error}") from error
 
+    def over_tcp(self, stream: trio.SocketStream, *, initiator: bool) -> RawConnection:
+        """A connection over a socket that was opened elsewhere."""
+        return self._tcp.wrapped(stream, initiator=initiator)
+
+    async def adopt(self, peer_id: ID, raw: RawConnection) -> None:
+        """Shake hands, as who has dialled, over such a connection. Raises DialError."""
+        adopted = False
+        try:
+            with trio.fail_after(self._limits.dial_seconds):
+                await self.upgrade_outbound_raw_conn(raw, peer_id)
+            adopted = True
+        except Exception as error:
+            raise DialError(_root_cause(error)) from error
+        finally:
+            if not adopted:
+                with trio.move_on_after(_CLOSE_SECONDS, shield=True):
+                    await raw.close()
+
     async def is_there(self, peer_id: ID, address: Multiaddr) -> bool:
         """Whether that peer answers at a TCP address: dialled anew, and hung up at once."""
         raw: IRawConnection | None = None
@@ -533,6 +555,7 @@ class GuardedHost(BasicHost):
         self.remove_stream_handler(
             IDENTIFY_PUSH
         )  # we ask when we connect; nobody need tell us more
+        self.set_stream_handler(IDENTIFY, self._tell_identity)
         self._nursery = nursery
         self._identified = identified
         self._identifying: dict[ID, trio.Event] = {}
@@ -569,6 +592,12 @@ class GuardedHost(BasicHost):
         if peer_id not in self._identifying and peer_id != self.get_id():
             self._identifying[peer_id] = trio.Event()
             self._nursery.start_soon(self._identify, peer_id, reason)
+
+    async def _tell_identity(self, stream: INetStream) -> None:
+        """The library waits half a second for addresses, which who listens nowhere never has."""
+        remote = yamux_stream_of(stream).get_remote_address()
+        told = _mk_identify_protobuf(self, _remote_address_to_multiaddr(remote))
+        await stream.write(encode_varint_prefixed(told.SerializeToString()))
 
     async def wait_identified(self, peer_id: ID) -> None:
         """Return when a peer just connected has said what it speaks, or has failed to."""

@@ -38,6 +38,7 @@ from .libp2p_addresses import (
 )
 from .libp2p_circuit_addresses import with_peer
 from .libp2p_circuits import CircuitLimits
+from .libp2p_dcutr import DCUTR, HolePuncher
 from .libp2p_dialback import DialBackLimits
 from .libp2p_directory import DirectoryLimits, Libp2pDirectory, MergeEntries
 from .libp2p_guards import (
@@ -45,7 +46,9 @@ from .libp2p_guards import (
     GuardedHost,
     GuardedSwarm,
     HostLimits,
+    is_relayed,
     key_pair_of,
+    yamux_of,
     yamux_stream_of,
 )
 from .libp2p_negotiation import negotiate
@@ -172,6 +175,8 @@ class Libp2pNetwork:
             clock=clock,
             limits=limits.directory,
         )
+        self._puncher = HolePuncher(self._swarm, nursery, self._listening_port)
+        self._host.set_stream_handler(DCUTR, self._puncher.serve)
         self._reachability = ReachabilityKeeper(
             self._host,
             self._swarm,
@@ -184,6 +189,7 @@ class Libp2pNetwork:
             relay_limits=limits.relay,
             circuit_limits=limits.circuits,
             dial_back_limits=limits.dial_back,
+            punched=self._puncher.punched,
         )
         self._host.addresses = self._reachability.addresses
 
@@ -220,7 +226,7 @@ class Libp2pNetwork:
         addresses = [
             address for text in multiaddrs if (address := readable_multiaddr(text)) is not None
         ]
-        return Libp2pStream(await self._open(peer, addresses, TProtocol(protocol)))
+        return Libp2pStream(await self._open(peer, addresses, TProtocol(protocol), lasting=True))
 
     async def connect(self, multiaddr: str) -> str:
         """Connect to the peer at an address that ends in ``/p2p/<peer id>``; its peer id.
@@ -318,7 +324,7 @@ class Libp2pNetwork:
         """Our port and addresses, for neighbours: those that they can dial whatever a router does."""
         bound = announced_addresses(self._host.get_transport_addrs())
         own = [with_peer(each, self._swarm.self_id) for each in bound if not is_loopback(each)]
-        return (int(bound[0].value_for_protocol("tcp")) if bound else 0), list(map(str, own))
+        return self._listening_port() or 0, list(map(str, own))
 
     def connected_peers(self) -> tuple[str, ...]:
         """The peers that we have a live connection to."""
@@ -362,11 +368,19 @@ class Libp2pNetwork:
         )
 
     async def _open(
-        self, peer: ID, addresses: Sequence[Multiaddr], protocol: TProtocol
+        self,
+        peer: ID,
+        addresses: Sequence[Multiaddr],
+        protocol: TProtocol,
+        *,
+        lasting: bool = False,
     ) -> YamuxStream:
+        """``lasting``: worth waiting a moment for a direct connection, rather than over a relay."""
         try:
             with trio.fail_after(self._limits.host.open_seconds):
                 connection = await self._swarm.connect(peer, addresses)
+                if lasting:
+                    connection = await self._puncher.upgraded(connection)
                 try:
                     return await negotiate(connection, protocol)
                 except MuxedStreamError:
@@ -384,6 +398,15 @@ class Libp2pNetwork:
     async def _identified(self, peer: ID) -> None:
         await self._directory.met(peer)
         self._reachability.met()
+        for connection in self._swarm.alive(peer):
+            below = yamux_of(connection)
+            if is_relayed(connection) and not below.is_initiator and not below.upgrade_awaited:
+                below.upgrade_awaited = True
+                self._nursery.start_soon(self._puncher.upgrade, connection)
+
+    def _listening_port(self) -> int | None:
+        bound = self._host.get_transport_addrs()
+        return int(bound[0].value_for_protocol("tcp")) if bound else None
 
     def _direct_addresses(self) -> list[Multiaddr]:
         """Where we are told to be, or where our sockets are."""

@@ -51,8 +51,9 @@ class ReachabilityKeeper:
         relay_limits: RelayLimits,
         circuit_limits: CircuitLimits,
         dial_back_limits: DialBackLimits,
+        punched: Callable[[ID], bool],
     ) -> None:
-        """``relays`` are tried before others.
+        """``relays`` are tried before others; who was ``punched`` to says nothing about us.
 
         ``wanted``: what the user insists on, or ``auto``; ``bound``: what our sockets listen on;
         ``direct``: what others are told when they can dial us.
@@ -66,6 +67,7 @@ class ReachabilityKeeper:
         self._hold_directory = hold_directory
         self._reach = Reach.UNKNOWN if wanted == "auto" else Reach(wanted)
         self._outside: dict[Multiaddr, None] = {}  # where peers beyond a router have dialled us
+        self._punched = punched
         self._settled = trio.Event()
         self._met = Signal()
         self.news = Signal()
@@ -192,7 +194,11 @@ class ReachabilityKeeper:
         seen: dict[ID, tuple[SwarmConn, Multiaddr]] = {}
         for connection in self._swarm.alive():
             below = yamux_of(connection)
-            if below.seen_as is not None and host_of(below.seen_as) is not None:
+            if (
+                below.seen_as is not None
+                and host_of(below.seen_as) is not None
+                and not self._punched(below.peer_id)
+            ):
                 seen[below.peer_id] = connection, below.seen_as
         ranked = sorted(seen.values(), key=lambda each: host_of(each[1]) in ours)
         yield from ranked[:_VOTERS]

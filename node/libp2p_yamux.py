@@ -85,6 +85,8 @@ class YamuxConnection(IMuxedConn):
         """Seconds, smoothed; None until the first ping has come back."""
         self.seen_as: Multiaddr | None = None
         """Where the peer sees us, as it says."""
+        self.upgrade_awaited = False
+        """Whether somebody has tried to replace this relayed connection by a direct one."""
         self._initiator = conn.is_initiator
         self._next_stream_id = 1 if self._initiator else 2
         self._last_peer_id = 0
