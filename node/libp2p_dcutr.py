@@ -101,6 +101,7 @@ class HolePuncher:
         except DialError as error:
             logger.debug("%s cannot be dialled directly: %s", peer, error)
         else:
+            logger.info("%s could be dialled directly", peer)
             return
         stream = await negotiate(connection, DCUTR)
         with _source(self._port()) as source:
@@ -116,6 +117,7 @@ class HolePuncher:
                 stream.close_now()
             await trio.sleep(round_trip / 2)
             raw = await self._punch(_dialled(answer), source)
+        logger.info("a hole was punched to %s", peer)
         self._punched.add(peer)
         connection_made = self._swarm.over_tcp(raw, initiator=False)
         self._nursery.start_soon(self._swarm.serve_inbound, connection_made)

@@ -1,8 +1,9 @@
-"""Machines on one machine: network namespaces, a wide area between them, and a home behind NAT.
+"""Machines on one machine: network namespaces, a wide area between them, and homes behind NAT.
 
-    public ──┐
-    far ─────┤ wan ── router ── home
-    router ──┘        (NAT)
+    public ──┐       ┌── router ── home
+             ├─ wan ─┤   (NAT)
+    far ─────┘       └── gate ──── flat
+                         (NAT)
 
 Everything is made with ``ip`` and ``nft``, needs root, and is gone afterwards. Names carry our process
 id, so that test runs don't meet.
@@ -34,7 +35,8 @@ table ip firewall {
     }
 }
 """
-HOME = "192.168.77.2"
+_OUTSIDE = ("public", "far", "router", "gate")
+_HOMES = {"router": "home", "gate": "flat"}
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,8 @@ class Internet:
     public: str
     far: str
     home: str
+    flat: str
     public_address: str
-    router_address: str
-    """What the world sees of the home."""
 
 
 def missing() -> str | None:
@@ -72,41 +73,36 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def internet() -> Iterator[Internet]:
-    """A public host, one far away, and a home whose router lets nobody in."""
-    names = {
-        each: f"petals-{each}-{os.getpid()}" for each in ("wan", "public", "far", "router", "home")
-    }
+    """A public host, one far away, and two homes whose routers let nobody in."""
+    machines = ("wan", *_OUTSIDE, *_HOMES.values())
+    names = {each: f"petals-{each}-{os.getpid()}" for each in machines}
     with contextlib.ExitStack() as stack:
         for name in names.values():
             _ip("netns", "add", name)
             stack.callback(_ip, "netns", "delete", name)
             _inside(name, "ip", "link", "set", "lo", "up")
-        for number, host in enumerate(("public", "far", "router")):
-            _join(
-                (names["wan"], host, f"203.0.113.{4 * number + 1}"),
-                (names[host], "outside", f"203.0.113.{4 * number + 2}"),
-            )
-            _inside(
-                names[host], "ip", "route", "add", "default", "via", f"203.0.113.{4 * number + 1}"
-            )
-        _join((names["router"], "inside", "192.168.77.1"), (names["home"], "lan", HOME))
-        _inside(names["home"], "ip", "route", "add", "default", "via", "192.168.77.1")
-        for router in ("wan", "router"):
+        for number, host in enumerate(_OUTSIDE):
+            _join(names["wan"], host, names[host], "outside", f"203.0.113.{4 * number}")
+        for number, (router, home) in enumerate(_HOMES.items()):
+            _join(names[router], "inside", names[home], "lan", f"192.168.77.{4 * number}")
+            _inside(names[router], "nft", "-f", "-", text=_RULES)
+        for router in ("wan", *_HOMES):
             _inside(names[router], "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-        _inside(names["router"], "nft", "-f", "-", text=_RULES)
-        yield Internet(names["public"], names["far"], names["home"], "203.0.113.2", "203.0.113.10")
+        yield Internet(names["public"], names["far"], names["home"], names["flat"], "203.0.113.2")
 
 
-def _join(*ends: tuple[str, str, str]) -> None:
-    """A cable between two namespaces: (namespace, interface, address) of each end."""
-    (one, one_link, _), (other, other_link, _) = ends
+def _join(router: str, router_link: str, host: str, host_link: str, network: str) -> None:
+    """A cable: a /30 of its own, the router's end first, which is the host's way to everywhere."""
+    prefix, _, first = network.rpartition(".")
+    inner, outer = (f"{prefix}.{int(first) + each}" for each in (1, 2))
     _ip(
-        *("link", "add", one_link, "netns", one, "type", "veth"),
-        *("peer", "name", other_link, "netns", other),
+        *("link", "add", router_link, "netns", router, "type", "veth"),
+        *("peer", "name", host_link, "netns", host),
     )
-    for name, link, address in ends:
+    for name, link, address in ((router, router_link, inner), (host, host_link, outer)):
         _inside(name, "ip", "address", "add", f"{address}/30", "dev", link)
         _inside(name, "ip", "link", "set", link, "up")
+    _inside(host, "ip", "route", "add", "default", "via", inner)
 
 
 def _inside(name: str, *command: str, text: str | None = None) -> None:

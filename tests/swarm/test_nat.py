@@ -1,4 +1,4 @@
-"""A node behind a real NAT, in network namespaces: found out, relayed, announced so, and used."""
+"""Nodes behind real NAT, in network namespaces: found out, relayed, announced so, used, and met."""
 
 import contextlib
 import json
@@ -14,6 +14,8 @@ from support.processes import DEADLINE, CommandProcess, ServingNode, environment
 from support.reference import ReferenceModel
 
 LISTEN = "/ip4/0.0.0.0/tcp/31330"
+PROMPT = "And God said, Let there be"
+TOKENS = 16
 
 
 @pytest.fixture
@@ -27,28 +29,48 @@ def internet() -> Iterator[Internet]:
 @contextlib.contextmanager
 def serving(folder: Path, *options: str, network: str) -> Iterator[ServingNode]:
     folder.mkdir()
-    node = ServingNode(folder, *options, listen=LISTEN, network=network)
+    node = ServingNode(folder, *options, "--debug", listen=LISTEN, network=network)
     with node:
         node.wait_serving()
         yield node
 
 
+@contextlib.contextmanager
+def relay_and_hidden(
+    internet: Internet, folder: Path, *, first: str, second: str
+) -> Iterator[tuple[ServingNode, ServingNode]]:
+    """A public node with the ``first`` blocks, none if empty, and one behind NAT with the others."""
+    model = ("--model", "demo")
+    blocks = (*model, "--blocks", first) if first else ()
+    with (
+        serving(folder / "public", *blocks, network=internet.public) as relay,
+        serving(
+            folder / "home",
+            *(*model, "--blocks", second, "--bootstrap", relay.multiaddr),
+            network=internet.home,
+        ) as hidden,
+    ):
+        yield relay, hidden
+
+
+def check_text(
+    network: str, relay: ServingNode, hops: set[str], model: ReferenceModel, *options: str
+) -> None:
+    """Generate in that network; the text and the route are the right ones."""
+    joining = ("--model", "demo", "--bootstrap", relay.multiaddr)
+    command = ("generate", "--json", "--max-new-tokens", str(TOKENS), *joining, *options)
+    with CommandProcess(*command, "--", PROMPT, network=network) as process:
+        assert process.wait() == 0, process.errors
+        result = json.loads(process.lines[-1])
+    assert {hop["peer_id"] for hop in result["route"]} == hops
+    assert [result["token_ids"]] == model.generate((PROMPT,), SamplingParams(max_new_tokens=TOKENS))
+
+
 def test_a_session_runs_through_a_node_behind_nat(
     internet: Internet, demo: ReferenceModel, tmp_path: Path
 ) -> None:
-    with contextlib.ExitStack() as stack:
-        relay = stack.enter_context(
-            serving(
-                tmp_path / "public",
-                *("--model", "demo", "--blocks", "0:4"),
-                network=internet.public,
-            )
-        )
-        joining = ("--model", "demo", "--bootstrap", relay.multiaddr)
+    with relay_and_hidden(internet, tmp_path, first="0:4", second="4:8") as (relay, hidden):
         assert relay.multiaddr.startswith(f"/ip4/{internet.public_address}/tcp/31330/")
-        hidden = stack.enter_context(
-            serving(tmp_path / "home", *joining, "--blocks", "4:8", network=internet.home)
-        )
         told = hidden.event("reachability")
         assert told["reach"] == "private"
         assert told["relays"] == [relay.peer_id]
@@ -67,14 +89,12 @@ def test_a_session_runs_through_a_node_behind_nat(
         assert announced[hidden.peer_id] == told["multiaddrs"]
         assert all("/p2p-circuit" not in address for address in announced[relay.peer_id])
 
-        prompt = "And God said, Let there be"
-        generate = stack.enter_context(
-            CommandProcess(
-                *("generate", "--json", "--max-new-tokens", "16", *joining, "--", prompt),
-                network=internet.far,
-            )
-        )
-        assert generate.wait() == 0, generate.errors
-        result = json.loads(generate.lines[-1])
-        assert {hop["peer_id"] for hop in result["route"]} == {relay.peer_id, hidden.peer_id}
-        assert [result["token_ids"]] == demo.generate((prompt,), SamplingParams(max_new_tokens=16))
+        check_text(internet.far, relay, {relay.peer_id, hidden.peer_id}, demo)
+
+
+def test_two_behind_nat_meet_directly(
+    internet: Internet, demo: ReferenceModel, tmp_path: Path
+) -> None:
+    with relay_and_hidden(internet, tmp_path, first="", second="0:8") as (relay, hidden):
+        check_text(internet.flat, relay, {hidden.peer_id}, demo)
+        assert "a hole was punched to" in hidden.errors
