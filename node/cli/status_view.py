@@ -49,7 +49,7 @@ def headline(model: dict[str, Any]) -> str:
     else:
         state = (
             f"every block served at least {min(model['coverage'])}×, "
-            f"up to {figure(min(model['throughput']))} tokens/s in all"
+            f"up to {figure(min(model['throughput']))} tokens/s"
         )
     return f"{model['model']} ({model['fingerprint'][:8]}): {model['num_blocks']} blocks, {state}"
 

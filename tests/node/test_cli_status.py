@@ -60,7 +60,7 @@ def test_a_whole_model() -> None:
     assert model["throughput"] == pytest.approx([50, 50 + 100 / 3, 100 / 3, 100 / 3])
     assert json.loads(json.dumps(model)) == model
     assert status_view.headline(model) == (
-        "demo (abababab): 4 blocks, every block served at least 1×, up to 33.3 tokens/s in all"
+        "demo (abababab): 4 blocks, every block served at least 1×, up to 33.3 tokens/s"
     )
 
 
@@ -132,8 +132,7 @@ SWARM = [
 ]
 
 NARROW = """\
-demo (abababab): 4 blocks, every block served at least 1×, up to 153 tokens/s in
-all
+demo (abababab): 4 blocks, every block served at least 1×, up to 153 tokens/s
 blocks    0
 nodes     1222
 tokens/s  ▇███

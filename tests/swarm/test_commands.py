@@ -5,11 +5,19 @@ import os
 import pty
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from petals.inference.sampling_params import SamplingParams
-from support.processes import COMMAND, CommandProcess, ProcessSwarm, environment, run_command
+from support.processes import (
+    COMMAND,
+    DEADLINE,
+    CommandProcess,
+    ProcessSwarm,
+    environment,
+    run_command,
+)
 from support.reference import ReferenceModel
 
 TURN = SamplingParams(max_new_tokens=12, repetition_penalty=1.3)
@@ -69,7 +77,7 @@ def test_status_in_a_terminal_is_drawn_again_and_ends_with_ctrl_c(tmp_swarm: Pro
     control, terminal = pty.openpty()
     process = subprocess.Popen(
         [*COMMAND, "status", "--watch", "--bootstrap", tmp_swarm.address],
-        env=environment(TERM="xterm", COLUMNS="80", LINES="40"),
+        env=environment(TERM="xterm", COLUMNS="80", LINES="40", NO_COLOR="1"),
         stdin=subprocess.DEVNULL,
         stdout=terminal,
         stderr=terminal,
@@ -77,12 +85,15 @@ def test_status_in_a_terminal_is_drawn_again_and_ends_with_ctrl_c(tmp_swarm: Pro
     )
     os.close(terminal)
     shown = ""
+    watchdog = threading.Timer(DEADLINE, process.kill)  # ends the reading below
+    watchdog.start()
     try:
         while shown.count("Ctrl-C ends") < 2:
-            shown += os.read(control, 4096).decode()
+            shown += os.read(control, 4096).decode(errors="replace")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
     finally:
+        watchdog.cancel()
         process.kill()
         process.wait()
         os.close(control)

@@ -1,4 +1,8 @@
-"""Of two equal nodes the near one is used: real processes, one of them behind a line that delays."""
+"""Of two equal nodes the near one is used: real processes, one of them behind a line that delays.
+
+Only what is dialled goes through the line. The originator cannot be dialled, so its way to the far node
+is long; two nodes may have met by the other's dialling, and be near.
+"""
 
 import trio
 from chaos_parts.proxy import Proxy, free_port
@@ -41,7 +45,7 @@ async def test_nodes_announce_round_trips_and_routes_take_the_near_one(
         async with originating(tmp_swarm, demo.name) as node:
             ways = await announced_round_trips(node, first, near.peer_id, far.peer_id)
             assert set(ways) == {near.peer_id, far.peer_id}
-            assert ways[far.peer_id] > 2 * DELAY > ways[near.peer_id]
+            assert 0 < ways[near.peer_id] < DELAY
 
             await node.generate("In the beginning", SHORT)  # from now on it measures for itself
             with trio.fail_after(DEADLINE):
