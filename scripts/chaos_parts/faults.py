@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
+from petals.node.node import Node
 
 from .nodes import TormentedNode
 from .schedule import Fault, Kind, may_be_hurt
@@ -17,8 +19,8 @@ from .sessions import Stall
 SLACK = 0.3
 """Seconds by which a stall may seem to have begun before the fault that caused it: its last token
 was under way then."""
-SETTLED = 3.0
-"""Seconds that a healed node is spared: by then others know that it is there again."""
+HEALED_DEADLINE = 60.0
+"""Seconds until a node that is hurt no more must serve, as the originator sees it."""
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Tormentor:
     """Hurts nodes, and knows what it has done."""
 
     nodes: Sequence[TormentedNode]
+    asker: Node
+    """An originator: a node is whole when it says so to this one."""
     dice: random.Random
     say: Callable[[str], None]
     injected: list[tuple[float, Kind]] = field(default_factory=list)
@@ -75,7 +79,6 @@ class Tormentor:
                 if fault.kind is Kind.REPLACE:
                     node.forget_key()
                 await node.start()
-                node.whole = False  # until others know
             case Kind.HANG:
                 node.signal(signal.SIGSTOP)
                 try:
@@ -89,9 +92,22 @@ class Tormentor:
                 node.proxy.cut()
                 await trio.sleep(fault.seconds)
                 node.proxy.refusing = False
+            case Kind.SILENCE:
+                node.proxy.silent = True
+                await trio.sleep(fault.seconds)
+                node.proxy.silent = False
             case Kind.DELAY:
                 node.proxy.delay = fault.delay
                 await trio.sleep(fault.seconds)
                 node.proxy.delay = 0.0
-        await trio.sleep(SETTLED)
-        node.whole = True
+            case Kind.NARROW:
+                node.proxy.rate = fault.rate
+                await trio.sleep(fault.seconds)
+                node.proxy.rate = math.inf
+        with trio.move_on_after(HEALED_DEADLINE):
+            while True:
+                if await node.serves(self.asker):
+                    node.whole = True
+                    return
+                await trio.sleep(0.2)
+        self.say(f"{node.name} does not recover from {fault.kind}")

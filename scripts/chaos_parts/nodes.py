@@ -5,19 +5,22 @@ Every process has its standard input from here (``--exit-with-stdin``), so none 
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO
 
 import trio
 from petals.node.node import Node
+from petals.protocol.announcement import PeerState
 from petals.protocol.errors import PeerError
 
 from .proxy import HOST, Proxy, free_port
@@ -41,14 +44,14 @@ class TormentedNode:
     folder: pathlib.Path
     """Data and logs."""
     options: tuple[str, ...]
-    whole: bool = False
-    """Whether it serves, as far as we have hurt it."""
+    whole: bool = True
+    """Whether it serves; false from a fault on until an originator sees that it has healed."""
     peer_id: str = ""
     multiaddr: str = ""
     lives: int = 0
     """How many processes it had."""
     _process: subprocess.Popen[bytes] | None = None
-    _log: IO[bytes] | None = field(default=None, repr=False)
+    _logger: threading.Thread | None = None
 
     async def start(self) -> None:
         """Start a process, and wait until it serves."""
@@ -58,13 +61,11 @@ class TormentedNode:
         if event is None:
             raise RuntimeError(f"{self.name} ended before it served; see {self.folder}")
         self.peer_id, self.multiaddr = str(event["peer_id"]), str(event["multiaddr"])
-        self.whole = True
 
     def _spawn(self) -> None:
         self.lives += 1
         data = self.folder / "data"
         data.mkdir(parents=True, exist_ok=True)
-        self._log = (self.folder / f"log-{self.lives}.txt").open("wb")
         command = [sys.executable, "-P", "-m", "petals.node", "run", "--json", "--debug"]
         command += ["--exit-with-stdin", "--data-dir", str(data), *self.options]
         command += ["--listen", f"/ip4/{HOST}/tcp/{self.proxy.target}"]
@@ -75,10 +76,13 @@ class TormentedNode:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._log,
+            stderr=subprocess.PIPE,
             env={**os.environ, **_ENVIRONMENT},
-            start_new_session=True,
+            process_group=0,  # a Ctrl-C is ours; if we die, the kernel wakes and ends who is stopped
         )
+        log = self.folder / f"log-{self.lives}.txt"
+        self._logger = threading.Thread(target=_keep, args=(self._process.stderr, log), daemon=True)
+        self._logger.start()
 
     def _wait_serving(self) -> dict[str, object] | None:
         assert self._process is not None and self._process.stdout is not None
@@ -109,15 +113,23 @@ class TormentedNode:
     def end(self) -> None:
         """Kill the process, if it still runs, and take its things away."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        assert self._logger is not None
+        self._logger.join()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+    async def serves(self, asker: Node) -> bool:
+        """Whether it says that it serves, to a node that asks it as sessions would."""
+        try:
+            announcement, _ = await asker.describe(self.peer_id, [self.multiaddr])
+        except PeerError:
+            return False
+        return announcement is not None and announcement.state is PeerState.ONLINE
 
     async def figures(self, asker: Node) -> Mapping[str, float]:
         """Its own figures; none if it does not answer."""
@@ -139,3 +151,10 @@ async def make_node(
     proxy = Proxy(free_port())
     await nursery.start(proxy.run)
     return TormentedNode(name, span, proxy, folder / name, options)
+
+
+def _keep(lines: IO[bytes], path: pathlib.Path) -> None:
+    """Write what a process says to a file, with the time before it."""
+    with path.open("wb", buffering=0) as log:
+        for line in lines:
+            log.write(f"{datetime.datetime.now(datetime.UTC):%H:%M:%S.%f} ".encode() + line)

@@ -2,7 +2,7 @@
 
 The node listens on a port of its own and announces the proxy's, so that whoever dials it goes through
 here, nodes and originators alike. What is under way in one direction of a connection is bounded, so a
-proxy that delays pushes back as a long line would.
+proxy that delays, or lets nothing pass, pushes back as a long line would.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ class Connection:
             stream.socket.close()
         self.scope.cancel()
 
+    def close(self) -> None:
+        """Close both; what was sent arrives."""
+        for stream in (self.outside, self.inside):
+            stream.socket.close()
+
 
 class Proxy:
     """One node's proxy. ``run`` is a task of its owner's nursery."""
@@ -48,14 +53,30 @@ class Proxy:
         """Where the proxy listens, once it runs."""
         self.delay = 0.0
         """Seconds that every chunk takes in each direction, from its arrival on."""
+        self.rate = math.inf
+        """Bytes a second that pass in each direction of a connection."""
         self.refusing = False
         """Whether new connections are reset at once."""
+        self._passing = trio.Event()
+        self._passing.set()
         self._connections: set[Connection] = set()
 
     @property
     def connections(self) -> int:
         """How many pass through."""
         return len(self._connections)
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing passes, on any connection: it comes later, as from a line that was pulled."""
+        return not self._passing.is_set()
+
+    @silent.setter
+    def silent(self, silent: bool) -> None:
+        if not silent:
+            self._passing.set()
+        elif not self.silent:
+            self._passing = trio.Event()
 
     def cut(self) -> int:
         """Reset all connections; how many there were."""
@@ -83,17 +104,22 @@ class Proxy:
             return
         connection = Connection(outside, inside)
         self._connections.add(connection)
+        ended = False
         try:
             with connection.scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._pass, outside, inside)
                     nursery.start_soon(self._pass, inside, outside)
+                ended = True
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         finally:
-            if connection in self._connections:
+            if connection in self._connections:  # else it was cut
                 self._connections.remove(connection)
-                connection.abort()
+                if ended:
+                    connection.close()
+                else:
+                    connection.abort()
 
     async def _pass(self, source: trio.SocketStream, sink: trio.SocketStream) -> None:
         """One direction, until the source ends or either side breaks."""
@@ -108,9 +134,12 @@ class Proxy:
             nursery.start_soon(read)
             due = -math.inf
             async for when, data in receive:
-                due = max(due, when)  # nothing overtakes what was delayed for longer
+                # Nothing overtakes what was delayed for longer, or what the line is busy with.
+                due = max(due, when) + len(data) / self.rate
                 await trio.sleep_until(due)
+                await self._passing.wait()
                 await sink.send_all(data)
+            await self._passing.wait()
             await sink.send_eof()
 
 

@@ -7,6 +7,7 @@ each span, so that nobody can lose a session for want of machines.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,13 @@ class Kind(StrEnum):
     """All of its connections are reset."""
     OUTAGE = "outage"
     """The same, and for some seconds nobody gets through to it."""
+    SILENCE = "silence"
+    """For some seconds nothing passes to it, nor from it, on connections that it did not dial; then
+    all of it does, as when a cable is pulled and put back."""
     DELAY = "delay"
-    """What is sent to it, and by it on connections that it did not dial, is late for some seconds."""
+    """What passes on those connections is late for some seconds."""
+    NARROW = "narrow"
+    """Little passes on them for some seconds."""
 
 
 WEIGHTS = {
@@ -42,13 +48,23 @@ WEIGHTS = {
     Kind.LEAVE: 2,
     Kind.CUT: 5,
     Kind.OUTAGE: 2,
+    Kind.SILENCE: 2,
     Kind.DELAY: 2,
+    Kind.NARROW: 1,
 }
 """How often each comes, against the others."""
-RANGES = {Kind.HANG: (3.0, 12.0), Kind.OUTAGE: (2.0, 8.0), Kind.DELAY: (2.0, 8.0)}
+RANGES = {
+    Kind.HANG: (3.0, 12.0),
+    Kind.OUTAGE: (2.0, 8.0),
+    Kind.SILENCE: (3.0, 12.0),
+    Kind.DELAY: (2.0, 8.0),
+    Kind.NARROW: (2.0, 8.0),
+}
 """Seconds that those last which last."""
 DELAYS = (0.02, 0.3)
 """Seconds one way."""
+RATES = (20e3, 200e3)
+"""Bytes a second each way: a row of the demo model is 1 KB, the prefix of a long session 300 KB."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +76,10 @@ class Fault:
     kind: Kind
     seconds: float
     """How long it lasts; 0 if it is over at once."""
-    delay: float
-    """One way; of a delay only."""
+    delay: float = 0.0
+    """One way."""
+    rate: float = math.inf
+    """Bytes a second each way."""
 
 
 def schedule(seed: int, seconds: float) -> list[Fault]:
@@ -74,9 +92,10 @@ def schedule(seed: int, seconds: float) -> list[Fault]:
         kind = dice.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         lasting = dice.uniform(*RANGES.get(kind, (0.0, 0.0)))
         delay = dice.uniform(*DELAYS) if kind is Kind.DELAY else 0.0
+        rate = dice.uniform(*RATES) if kind is Kind.NARROW else math.inf
         if at >= seconds:
             return faults
-        faults.append(Fault(at, kind, lasting, delay))
+        faults.append(Fault(at, kind, lasting, delay, rate))
 
 
 def may_be_hurt(spans: Mapping[str, str], whole: Sequence[str]) -> list[str]:

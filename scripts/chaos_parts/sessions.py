@@ -16,10 +16,10 @@ from .texts import Text
 
 logger = logging.getLogger(__name__)
 
-LOST_AFTER = 240.0
-"""Seconds that one text may take; a session that has not ended then hangs."""
-STALL = 0.5
-"""Seconds between two tokens from which on a reader sees a pause."""
+LOST_AFTER = 60.0
+"""Seconds beyond its patience that one text may take; a session that has not ended then hangs."""
+STALL = 1.0
+"""Seconds without a token from which on a reader sees a pause, on a machine that is busy."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,23 @@ class Stall:
 class Outcome:
     """What all sessions together have come to."""
 
+    say: Callable[[str], None]
     sessions: int = 0
+    """Those that have written their text to the end."""
     tokens: int = 0
     recoveries: int = 0
     wrong: int = 0
     """Tokens that are not the right ones."""
     lost: int = 0
     """Sessions that failed or hung."""
+    waits: list[float] = field(default_factory=list)
+    """Of each session, the longest time without a token, that before the first one included."""
     stalls: list[Stall] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
 
-    def stall(self, share: float) -> float:
-        """The stall that ``share`` of all stalls are no longer than; 0 if there was none."""
-        seconds = sorted(stall.seconds for stall in self.stalls)
-        return seconds[math.ceil(share * len(seconds)) - 1] if seconds else 0.0
+
+def quantile(seconds: Sequence[float], share: float) -> float:
+    """What ``share`` of all are no longer than; 0 if there are none."""
+    return sorted(seconds)[math.ceil(share * len(seconds)) - 1] if seconds else 0.0
 
 
 async def write_texts(
@@ -65,13 +68,13 @@ async def write(node: Node, text: Text, outcome: Outcome) -> None:
     """One text in a session of its own."""
     handle = await node.submit(text.prompts, text.params)
     try:
-        with trio.fail_after(LOST_AFTER):
+        with trio.fail_after(node.config.patience + LOST_AFTER):
             await _watch(handle, outcome)
             results = await handle.results()
     except (PetalsError, trio.TooSlowError) as error:
         outcome.lost += 1
         reason = "it hangs" if isinstance(error, trio.TooSlowError) else str(error)
-        outcome.complaints.append(f"lost: {text.prompts} ({reason}); it was {handle.status()}")
+        outcome.say(f"LOST: {text.prompts} with {text.params} ({reason}); it was {handle.status()}")
         return
     finally:
         outcome.recoveries += handle.status().recoveries
@@ -84,17 +87,20 @@ async def write(node: Node, text: Text, outcome: Outcome) -> None:
         wrong += abs(len(got) - len(expected))
         if wrong:
             outcome.wrong += wrong
-            outcome.complaints.append(
-                f"wrong: {prompt!r} with {text.params}: expected {expected}, got {got}"
+            outcome.say(
+                f"WRONG: {prompt!r} of {len(text.prompts)} with {text.params}: expected "
+                f"{expected}, got {got}; it was {handle.status()}"
             )
 
 
 async def _watch(handle: GenerationHandle, outcome: Outcome) -> None:
     """Take the time between pieces of text, until the generation ends."""
-    since = None
+    since, longest = trio.current_time(), 0.0
     async for _ in handle:
         now = trio.current_time()
-        if since is not None and now - since >= STALL:
+        longest = max(longest, now - since)
+        if now - since >= STALL:
             outcome.stalls.append(Stall(now, now - since))
             logger.info("a session stood still for %.2f s: %s", now - since, handle.status())
         since = now
+    outcome.waits.append(longest)
