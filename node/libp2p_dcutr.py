@@ -38,8 +38,11 @@ logger = logging.getLogger(__name__)
 
 DCUTR = TProtocol("/libp2p/dcutr")
 UPGRADE_SECONDS = 2.0
-"""How long who opens a first stream over a relay waits for the direct connection: streams stay on the
-connection that they were opened on."""
+"""How long, at most, who opens a first stream over a relay waits for the direct connection: streams
+stay on the connection that they were opened on."""
+_LEAST_SECONDS = 0.5
+_ROUND_TRIPS = 10  # over the relay, that an upgrade takes
+_UNKNOWN_ROUND_TRIP = 0.1
 _MESSAGE_BYTES = 4096
 _MESSAGE_SECONDS = 5.0
 _PUNCH_SECONDS = 5.0
@@ -74,10 +77,14 @@ class HolePuncher:
         if not is_relayed(connection) or below.upgrade_awaited:
             return connection
         below.upgrade_awaited = True
-        with trio.move_on_after(UPGRADE_SECONDS):
-            # there is no event for what the library registers
-            while not below.is_closed and not self._swarm.direct(below.peer_id):  # noqa: ASYNC110
-                await trio.sleep(0.02)
+        started = trio.current_time()
+        # there is no event for what the library registers
+        while not below.is_closed and not self._swarm.direct(below.peer_id):
+            round_trip = below.round_trip or _UNKNOWN_ROUND_TRIP
+            patience = min(UPGRADE_SECONDS, _LEAST_SECONDS + _ROUND_TRIPS * round_trip)
+            if trio.current_time() - started > patience:
+                break
+            await trio.sleep(0.02)
         return next(iter(self._swarm.alive(below.peer_id)), connection)
 
     async def upgrade(self, connection: SwarmConn) -> None:

@@ -26,7 +26,8 @@ from zeroconf import (
 logger = logging.getLogger(__name__)
 
 _SERVICE = "_petals._udp.local."
-_QUESTION_MILLISECONDS = 3000
+_QUESTIONS = 3
+_QUESTION_MILLISECONDS = 2000
 _CLOSE_SECONDS = 1.0
 _PEERS = 64  # on one network that are remembered
 _ADDRESSES = 4  # of each
@@ -93,9 +94,11 @@ class _Listener(ServiceListener):
         """Somebody is there."""
         if name == self._own_name:
             return
-        info = zc.get_service_info(type_, name, timeout=_QUESTION_MILLISECONDS)
-        if info is not None:
-            self._tell(name, _addresses_of(info))
+        for _ in range(_QUESTIONS):  # packets get lost, and nobody asks again for minutes
+            info = zc.get_service_info(type_, name, timeout=_QUESTION_MILLISECONDS)
+            if info is not None:
+                self._tell(name, _addresses_of(info))
+                return
 
     def update_service(self, zc: Zeroconf, type_: str, name: str) -> None:
         """It says something else now."""

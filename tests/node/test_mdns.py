@@ -11,7 +11,7 @@ from petals.protocol.errors import PeerError
 from support.networks import ECHO, Libp2pWorld, echo
 
 ANYWHERE = "/ip4/0.0.0.0/tcp/0"
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 @pytest.fixture
