@@ -127,6 +127,14 @@ def spares_of(processes: ProcessSwarm) -> list[ServingNode]:
     return [node for node in processes.nodes if node is not first[node.blocks]]
 
 
+def favoured(processes: ProcessSwarm) -> list[ServingNode]:
+    """The first node of each span, in the order of a route: whoever died is replaced at the end."""
+    spares = spares_of(processes)
+    return sorted(
+        (node for node in processes.nodes if node not in spares), key=lambda node: node.blocks or ()
+    )
+
+
 @contextlib.contextmanager
 def out_of_favour(node: Node, processes: ProcessSwarm) -> Iterator[None]:
     """Let sessions that begin now take the first node of each span."""
@@ -215,7 +223,7 @@ async def test_a_hop_is_killed_in_the_middle_of_a_prompt(
         originating(processes, model.name, patience=60.0) as node,
         contextlib.AsyncExitStack() as stack,
     ):
-        first, middle = processes.nodes[0], processes.nodes[1]
+        first, middle, _ = favoured(processes)
         before = await figures_of(node, first)
         with out_of_favour(node, processes):
             sessions = [
@@ -261,8 +269,8 @@ async def test_a_replaced_hop_costs_the_others_nothing(
     prompt = "A prompt of which no hop has seen the beginning. " + model.prompt(280)
     length = len(model.tokenizer(prompt)["input_ids"])
     params = SamplingParams(max_new_tokens=tokens)
-    survivors = [processes.nodes[0], processes.nodes[2]]
-    middle = processes.nodes[1]
+    first, middle, last = favoured(processes)
+    survivors = [first, last]
     async with originating(processes, model.name, patience=60.0) as node:
         before = [await figures_of(node, hop) for hop in survivors]
         with out_of_favour(node, processes):
