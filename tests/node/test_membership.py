@@ -468,7 +468,7 @@ async def test_in_a_large_swarm_a_member_announces_and_reads_less_often(
         await server.membership.run()
     assert server.membership.upkeep.announce_interval == 50
     assert len({time for time, _ in directory.puts}) == 5
-    assert directory.gets == REGIONS
+    assert sorted(directory.gets) == sorted(REGIONS)
     own = server.membership.own
     assert own is not None
     assert 100 < own.expires_at - clock() <= 150
