@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain, islice, permutations
 
-from .layout import Layout, Placed, Step
+from .layout import Layout, Placed, Step, throughput_units
 from .packing import Piece, best_packing, weakest_start
 from .span import Span
 
@@ -41,9 +41,20 @@ STEP_PAYS = 1.02
 """By how much the blocks left must stay ahead of what the blocks helped had."""
 
 
+def has_nothing_to_give(own: Placed, others: Sequence[Placed], num_blocks: int) -> bool:
+    """Whether it is plain at a glance that a node of a large swarm stays where it is."""
+    if len(others) < FEW_NODES:
+        return False
+    sums = throughput_units(chain(others, [own]), num_blocks)
+    least = min(sums)
+    here = min(sums[own.span.start : own.span.end]) - own.share
+    balanced = least * MANY_PAYS * num_blocks >= sum(sums)
+    return least > 0 and (balanced or here <= least * STEP_PAYS)
+
+
 def balancing_step(layout: Layout) -> Step | None:
     """The next move, of whichever node; None if the swarm is as it should be. There are no gaps."""
-    bound = sum(map(layout.speed, range(len(layout.nodes)))) / layout.num_blocks
+    bound = sum(layout.sums) / layout.num_blocks
     if len(layout.nodes) > FEW_NODES:
         return _levelling_step(layout) if layout.bottleneck * MANY_PAYS < bound else None
     if layout.bottleneck * PAYS >= bound:

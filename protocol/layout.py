@@ -4,7 +4,7 @@ Rules of this file: nodes are in the order of their peer ids, so that all who kn
 the same layout. A node has blocks that it *holds* and a *length*, how many it would hold elsewhere.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -51,7 +51,7 @@ class Layout:
         ]
         self.counts = coverage([node.span for node in self.nodes], num_blocks)
         """Nodes on each block."""
-        self.sums = _sums(self.nodes, num_blocks)
+        self.sums = throughput_units(self.nodes, num_blocks)
         """Throughput of each block, in ``units``."""
 
     @property
@@ -116,9 +116,12 @@ def _outside(span: Span, target: Span) -> list[int]:
     return [block for block in range(span.start, span.end) if block not in target]
 
 
-def _sums(nodes: Sequence[Placed], num_blocks: int) -> list[int]:
+def throughput_units(nodes: Iterable[Placed], num_blocks: int) -> list[int]:
+    """The throughput of each block, in ``units``."""
     changes = [0] * (num_blocks + 1)  # at each block, so that ten thousand nodes cost little
     for node in nodes:
-        changes[node.span.start] += node.share
-        changes[node.span.end] -= node.share
+        span = node.span
+        share = units(node.speed / (span.end - span.start))
+        changes[span.start] += share
+        changes[span.end] -= share
     return list(accumulate(changes[:num_blocks]))

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .announcement import Announcement, PeerState
-from .balancing import balancing_step
+from .balancing import balancing_step, has_nothing_to_give
 from .covering import covering_plan, ready
 from .dice import Dice, pick
-from .layout import Layout, Placed
+from .layout import Layout, Placed, throughput_units
+from .packing import units
 from .routing import NOMINAL_SPEED
 from .span import Span
 
@@ -45,11 +46,14 @@ def placed(announcements: Iterable[Announcement], num_blocks: int) -> list[Place
         span = announcement.moving_to or announcement.span
         if span is None or announcement.state not in (PeerState.JOINING, PeerState.ONLINE):
             continue
-        within = span.intersection(Span(0, num_blocks))
-        if within is not None:
-            speed = announcement.decode_speed or NOMINAL_SPEED
-            # what it gives to each block is what it was, if some are beyond the model
-            nodes.append(Placed(announcement.peer_id, within, speed * len(within) / len(span)))
+        speed = announcement.decode_speed or NOMINAL_SPEED
+        if span.end > num_blocks:
+            within = span.intersection(Span(0, num_blocks))
+            if within is None:
+                continue
+            # what it gives to each block is what it was
+            span, speed = within, speed * len(within) / len(span)
+        nodes.append(Placed(announcement.peer_id, span, speed))
     return nodes
 
 
@@ -59,6 +63,8 @@ def should_move(
     """Where this node should go now, if anywhere; others hold elsewhere as many blocks as here."""
     if capacity_blocks < 1:
         raise ValueError(f"a node must hold at least 1 block, not {capacity_blocks}")
+    if has_nothing_to_give(own, others, num_blocks):
+        return None
     layout = Layout([own, *others], num_blocks, {own.peer_id: capacity_blocks})
     urgent = bool(layout.uncovered())
     if urgent:
@@ -74,11 +80,8 @@ def should_move(
 
 def block_throughput(announcements: Iterable[Announcement], num_blocks: int) -> list[float]:
     """Tokens per second that the swarm can put through each block."""
-    throughput = [0.0] * num_blocks
-    for node in placed(announcements, num_blocks):
-        for block in range(node.span.start, node.span.end):
-            throughput[block] += node.speed / len(node.span)
-    return throughput
+    sums = throughput_units(placed(announcements, num_blocks), num_blocks)
+    return [value / units(1) for value in sums]
 
 
 def choose_span(

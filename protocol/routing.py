@@ -25,7 +25,7 @@ from .shortest_path import Costs, shortest_path
 from .span import Span, gaps
 from .watch import Pace
 
-MAX_CANDIDATES = 32
+MAX_CANDIDATES = 20
 DEFAULT_LATENCY = 0.05
 """Seconds one way between two peers of whom nothing is known: the middle of the Internet's."""
 RELAY_SECONDS = 0.05
@@ -48,6 +48,8 @@ THROUGHPUT_LATENCY = 0.05
 """The weight of latency when throughput is wanted: many rows are under way at once, so it is paid
 once for many, and still decides between peers of equal speed."""
 
+_Candidate = tuple[Announcement, int, int]
+"""A peer, and the first and the end of the blocks that it could run."""
 Latency = Callable[[str | None, str | None], float]
 """Estimated seconds one way from one peer to another; None is the originator."""
 
@@ -88,7 +90,8 @@ class LatencyEstimates:
     """One-way latencies from round trips that we measured and that peers announced.
 
     Call it with two peer ids (None: the originator). What neither end has measured is taken to be
-    ``DEFAULT_LATENCY``; a peer is at no distance from itself.
+    ``DEFAULT_LATENCY``, as far as our own distance from both allows; a peer is at no distance from
+    itself.
     """
 
     measured: Mapping[str, float] = field(default_factory=dict)
@@ -114,19 +117,33 @@ class LatencyEstimates:
         """The estimated seconds one way."""
         if sender == receiver:
             return 0.0
-        round_trip = self._round_trip(sender, receiver)
-        if round_trip is None:
-            round_trip = self._round_trip(receiver, sender)
-        direct = DEFAULT_LATENCY if round_trip is None else round_trip / 2
+        direct = self._direct(sender, receiver)
         # who sends has dialled, except the last hop: it answers on the originator's stream to it
         dialled = sender if receiver is None else receiver
         return direct + RELAY_SECONDS if dialled in self.relayed else direct
 
-    def _round_trip(self, sender: str | None, receiver: str | None) -> float | None:
-        if receiver is None:
-            return None
-        known = self.measured if sender is None else self.announced.get(sender, {})
-        return known.get(receiver)
+    def _direct(self, sender: str | None, receiver: str | None) -> float:
+        if sender is None or receiver is None:
+            round_trip = self.measured.get(sender or receiver or "")
+        else:
+            round_trip = self._announced_by(sender, receiver)
+            if round_trip is None:
+                round_trip = self._announced_by(receiver, sender)
+            if round_trip is None:
+                return self._by_way_of_us(sender, receiver)
+        return DEFAULT_LATENCY if round_trip is None else round_trip / 2
+
+    def _announced_by(self, sender: str, receiver: str) -> float | None:
+        known = self.announced.get(sender)
+        return None if known is None else known.get(receiver)
+
+    def _by_way_of_us(self, sender: str, receiver: str) -> float:
+        # a triangle's side is no longer than the other two together, and no shorter than their
+        # difference: two that are near to us are near to each other, one near and one far are far
+        there, back = self.measured.get(sender), self.measured.get(receiver)
+        if there is None or back is None:
+            return DEFAULT_LATENCY
+        return max(abs(there - back) / 2, min(DEFAULT_LATENCY, (there + back) / 2))
 
 
 def block_seconds(peer: Announcement, objective: Objective = Objective.LATENCY) -> float:
@@ -160,26 +177,25 @@ def plan_route(
     those two. Raises NoRoute with the blocks that no candidate serves.
     """
     seen = list(candidates)
+    unusable = {source, sink, *exclude}
+    first, last = span.start, span.end
+    # runs of blocks as two numbers, counted from the first one: there may be thousands of peers
     useful = [
-        (peer, held)
+        (peer, max(held.start, first) - first, min(held.end, last) - first)
         for peer in seen
-        if peer.span is not None
-        and (held := peer.span.intersection(span)) is not None
-        and peer.peer_id not in exclude
-        and peer.peer_id not in (source, sink)
+        if (held := peer.span) is not None
+        and held.start < last
+        and held.end > first
+        and peer.peer_id not in unusable
     ]
-    missing = gaps(
-        (Span(held.start - span.start, held.end - span.start) for _, held in useful), len(span)
-    )
+    missing = _gaps(useful, len(span))
     if missing:
         raise no_route(
-            model_name,
-            [Span(gap.start + span.start, gap.end + span.start) for gap in missing],
-            len(seen),
+            model_name, [Span(gap.start + first, gap.end + first) for gap in missing], len(seen)
         )
     # in random order, so that originators do not all take the same one of several equals
     shuffled = sorted(useful, key=lambda _: dice.random())
-    costs = _costs(shuffled, span, latency, dice, failures, objective, source, sink)
+    costs = _costs(shuffled, len(span), latency, dice, failures, objective, source, sink)
     path = shortest_path(costs)
     hops: list[RouteHop] = []
     before, start = source, span.start
@@ -208,9 +224,15 @@ def no_route(model_name: str, missing: Sequence[Span], peers_seen: int) -> NoRou
     )
 
 
+def _gaps(useful: Iterable[_Candidate], num_blocks: int) -> list[Span]:
+    """The runs of blocks that no candidate holds."""
+    spans = {(start, end) for _, start, end in useful}  # of thousands many are equal
+    return gaps([Span(start, end) for start, end in spans], num_blocks)
+
+
 def _costs(
-    useful: Sequence[tuple[Announcement, Span]],
-    span: Span,
+    useful: Sequence[_Candidate],
+    num_blocks: int,
     latency: Latency,
     dice: Dice,
     failures: Callable[[str], int],
@@ -220,11 +242,11 @@ def _costs(
 ) -> Costs:
     """What the search needs to know; blocks count from the start of ``span``."""
     weight = 1.0 if objective is Objective.LATENCY else THROUGHPUT_LATENCY
-    ids = [peer.peer_id for peer, _ in useful]
-    seconds = [block_seconds(peer, objective) for peer, _ in useful]
+    ids = [peer.peer_id for peer, _, _ in useful]
+    seconds = [block_seconds(peer, objective) for peer, _, _ in useful]
     risk = [
         FAILURE_SECONDS * min(failures(peer.peer_id), MAX_FAILURES) + load_seconds(peer, objective)
-        for peer, _ in useful
+        for peer, _, _ in useful
     ]
     entry = [
         weight * latency(source, peer_id) + dearer
@@ -233,23 +255,24 @@ def _costs(
     leave = [weight * latency(peer_id, sink) for peer_id in ids]
     # what a block costs at a peer if the route goes there and uses all that it has
     scores = [
-        seconds[number] + (entry[number] + leave[number]) / len(held)
-        for number, (_, held) in enumerate(useful)
+        there + (way_in + way_out) / (end - start)
+        for there, way_in, way_out, (_, start, end) in zip(
+            seconds, entry, leave, useful, strict=True
+        )
     ]
-    holders: list[list[int]] = [[] for _ in range(len(span))]
+    holders: list[list[int]] = [[] for _ in range(num_blocks)]
+    room = num_blocks * MAX_CANDIDATES
     for number in _by_rank(scores, dice):
-        held = useful[number][1]
-        for block in range(held.start - span.start, held.end - span.start):
-            if len(holders[block]) < MAX_CANDIDATES:
-                holders[block].append(number)
-    known: dict[tuple[int, int], float] = {}
+        _, start, end = useful[number]
+        for block_holders in holders[start:end]:
+            if len(block_holders) < MAX_CANDIDATES:
+                block_holders.append(number)
+                room -= 1
+        if room == 0:
+            break
 
     def between(sender: int, receiver: int) -> float:
-        value = known.get((sender, receiver))
-        if value is None:
-            seconds_between = weight * latency(ids[sender], ids[receiver])
-            value = known[sender, receiver] = seconds_between + risk[receiver]
-        return value
+        return weight * latency(ids[sender], ids[receiver]) + risk[receiver]
 
     return Costs(holders, seconds, entry, leave, between)
 

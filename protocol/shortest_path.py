@@ -17,6 +17,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby, pairwise
+from operator import itemgetter
 
 MAX_STEPS = 1000
 """Of the second search: a few milliseconds. Swarms of eight peers take a tenth of it."""
@@ -62,15 +63,20 @@ def _ignoring_returns(costs: Costs) -> tuple[_ToGo, list[int]]:
     to_go: _ToGo = [{} for _ in costs.holders]
     onward: list[dict[int, int]] = [{} for _ in costs.holders]
     to_go[-1] = {peer: costs.seconds[peer] + costs.leave[peer] for peer in costs.holders[-1]}
+    between: dict[int, dict[int, float]] = {}  # a pair of neighbours meets at many blocks
     for block in range(len(to_go) - 2, -1, -1):
         following = to_go[block + 1]
-        cheapest_first = sorted(following, key=following.__getitem__)
+        cheapest_first = sorted(following.items(), key=itemgetter(1))
         for peer in costs.holders[block]:
             best, best_next = following.get(peer, float("inf")), peer
-            for other in cheapest_first:
-                if following[other] >= best:  # as it is at the latest when ``other`` is ``peer``
+            known = between.setdefault(peer, {})
+            for other, further in cheapest_first:
+                if further >= best:  # as it is at the latest when ``other`` is ``peer``
                     break
-                cost = costs.between(peer, other) + following[other]
+                latency = known.get(other)
+                if latency is None:
+                    latency = known[other] = costs.between(peer, other)
+                cost = latency + further
                 if cost < best:
                     best, best_next = cost, other
             to_go[block][peer] = costs.seconds[peer] + best

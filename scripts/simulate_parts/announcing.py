@@ -1,0 +1,48 @@
+"""Announcements of simulated nodes: the product's own, with peer ids that stand for numbers."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import base58
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from petals.protocol.announcement import Announcement, PeerState
+from petals.protocol.span import Span
+
+from .population import NUM_BLOCKS
+
+MODEL = "5a" * 32
+FOREVER = 1e10
+
+
+@cache
+def peer_id(number: int) -> str:
+    """A peer id of the usual form; only number 0 has a key."""
+    public = number.to_bytes(32, "big")
+    if number == 0:
+        public = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw()
+    return base58.b58encode(bytes.fromhex("002408011220") + public).decode()
+
+
+def announcement(
+    peer: str, start: int, end: int, speed: float, sessions: int, *, online: bool = True
+) -> Announcement:
+    """What a node says of itself."""
+    return Announcement(
+        peer_id=peer,
+        multiaddrs=("/ip4/203.0.113.77/tcp/31330", "/ip4/192.168.178.23/tcp/31330"),
+        model=MODEL,
+        model_name="bigscience/bloom",
+        num_blocks=NUM_BLOCKS,
+        span=Span(start, end),
+        state=PeerState.ONLINE if online else PeerState.JOINING,
+        dtype="nf4",
+        decode_speed=speed,
+        prefill_speed=speed * 50,
+        cache_tokens_left=65_536,
+        sessions=sessions,
+        version="0.1.0",
+        sequence=1,
+        expires_at=FOREVER,
+        public_name="a machine under a desk",
+    )
