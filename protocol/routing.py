@@ -25,7 +25,7 @@ from .shortest_path import Costs, shortest_path
 from .span import Span, gaps
 from .watch import Pace
 
-MAX_CANDIDATES = 20
+MAX_CANDIDATES = 16
 DEFAULT_LATENCY = 0.05
 """Seconds one way between two peers of whom nothing is known: the middle of the Internet's."""
 RELAY_SECONDS = 0.05
@@ -90,7 +90,7 @@ class LatencyEstimates:
     """One-way latencies from round trips that we measured and that peers announced.
 
     Call it with two peer ids (None: the originator). What neither end has measured is taken to be
-    ``DEFAULT_LATENCY``, as far as our own distance from both allows; a peer is at no distance from
+    ``DEFAULT_LATENCY``, or follows from our own distances to both; a peer is at no distance from
     itself.
     """
 
@@ -138,12 +138,12 @@ class LatencyEstimates:
         return None if known is None else known.get(receiver)
 
     def _by_way_of_us(self, sender: str, receiver: str) -> float:
-        # a triangle's side is no longer than the other two together, and no shorter than their
-        # difference: two that are near to us are near to each other, one near and one far are far
+        # as if they stood at a right angle, seen from us: two that are near to us are near to each
+        # other, one near and one far are far, and of two that are far too little is known
         there, back = self.measured.get(sender), self.measured.get(receiver)
         if there is None or back is None:
             return DEFAULT_LATENCY
-        return max(abs(there - back) / 2, min(DEFAULT_LATENCY, (there + back) / 2))
+        return math.hypot(there, back) / 2
 
 
 def block_seconds(peer: Announcement, objective: Objective = Objective.LATENCY) -> float:
@@ -252,12 +252,12 @@ def _costs(
         weight * latency(source, peer_id) + dearer
         for peer_id, dearer in zip(ids, risk, strict=True)
     ]
-    leave = [weight * latency(peer_id, sink) for peer_id in ids]
     # what a block costs at a peer if the route goes there and uses all that it has
+    back = entry if sink == source else [weight * latency(peer_id, sink) for peer_id in ids]
     scores = [
         there + (way_in + way_out) / (end - start)
         for there, way_in, way_out, (_, start, end) in zip(
-            seconds, entry, leave, useful, strict=True
+            seconds, entry, back, useful, strict=True
         )
     ]
     holders: list[list[int]] = [[] for _ in range(num_blocks)]
@@ -270,6 +270,8 @@ def _costs(
                 room -= 1
         if room == 0:
             break
+
+    leave = {number: weight * latency(ids[number], sink) for number in holders[-1]}
 
     def between(sender: int, receiver: int) -> float:
         return weight * latency(ids[sender], ids[receiver]) + risk[receiver]

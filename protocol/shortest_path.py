@@ -14,7 +14,7 @@ the peer of the first path runs what lies between, which is always possible and 
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby, pairwise
 from operator import itemgetter
@@ -34,8 +34,8 @@ class Costs:
     """For each peer, the time for one block."""
     entry: Sequence[float]
     """For each peer, the latency into it from where the path begins."""
-    leave: Sequence[float]
-    """For each peer, the latency out of it to where the path ends."""
+    leave: Mapping[int, float]
+    """For each peer at the last block, the latency out of it to where the path ends."""
     between: Callable[[int, int], float]
     """The latency from one peer to another one."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -47,7 +48,7 @@ class Outcome:
     dead_hops: int = 0
     nodes: list[int] = field(default_factory=list)
 
-    def settled(self, values: list[float]) -> list[float]:
+    def settled(self, values: Sequence[float]) -> list[float]:
         """Those of a series that come after the warm-up."""
         return [
             value for time, value in zip(self.times, values, strict=True) if time * 3600 >= WARM_UP
@@ -83,7 +84,7 @@ class Simulation:
 
     def run(self) -> Outcome:
         for node in range(len(self._people)):
-            self._at(self._people.comes[node], lambda now, node=node: self._come(node, now))
+            self._at(self._people.comes[node], partial(self._come, node))
         self._at(60.0, self._minute)
         self._at(WARM_UP, lambda _: self.policy.traffic.reset())
         self._at(WARM_UP, self._session)

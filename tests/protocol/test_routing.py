@@ -244,3 +244,20 @@ def test_a_route_is_as_good_as_the_best_of_all(
     assert route.hops[-1].span.end == 5
     held = {peer.peer_id: peer.span for peer in peers}
     assert all((span := held[hop.peer_id]) and span.covers(hop.span) for hop in route.hops)
+
+
+def test_two_that_have_not_measured_each_other_are_as_far_as_our_own_distances_say() -> None:
+    near, far = peer_id(1), peer_id(2)
+    estimate = LatencyEstimates({near: 0.006, far: 0.2, peer_id(3): 0.008})
+    assert estimate(near, peer_id(3)) == pytest.approx(0.005)
+    assert estimate(near, far) == pytest.approx(0.1, rel=0.01)
+    assert estimate(near, peer_id(4)) == DEFAULT_LATENCY
+    assert estimate(peer_id(4), None) == DEFAULT_LATENCY
+
+
+def test_a_crowd_at_some_blocks_hides_nobody_at_others() -> None:
+    crowd = [announce(number, Span(0, 4), decode_speed=1000.0) for number in range(1, 41)]
+    alone = announce(50, Span(3, 8), decode_speed=10.0)
+    route = plan([*crowd, alone], latency=nowhere)
+    assert [hop.span for hop in route.hops] == [Span(0, 4), Span(4, 8)]
+    assert route.hops[1].peer_id == peer_id(50)

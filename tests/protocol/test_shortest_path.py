@@ -20,7 +20,9 @@ def costs(
         [peer for peer, (start, end) in enumerate(spans) if start <= block < end]
         for block in range(blocks)
     ]
-    return Costs(holders, seconds, entry, leave, lambda here, there: latency[here][there])
+    return Costs(
+        holders, seconds, entry, dict(enumerate(leave)), lambda here, there: latency[here][there]
+    )
 
 
 def cheapest(world: Costs) -> float:
@@ -117,5 +119,5 @@ def test_the_cut_short_path_keeps_what_is_not_a_detour() -> None:
 def test_peers_left_out_of_consideration_can_leave_no_path_without_return() -> None:
     # peer 0 holds all blocks, but was not among the best for block 1
     free = [0.0, 0.0]
-    world = Costs([[0], [1], [0]], [1.0, 0.1], free, free, lambda here, there: 0.0)
+    world = Costs([[0], [1], [0]], [1.0, 0.1], free, dict(enumerate(free)), lambda here, there: 0.0)
     assert shortest_path(world) == [0, 0, 0]
