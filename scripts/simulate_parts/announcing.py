@@ -25,7 +25,7 @@ def peer_id(number: int) -> str:
 
 
 def announcement(
-    peer: str, start: int, end: int, speed: float, sessions: int, *, online: bool = True
+    peer: str, start: int, end: int, speed: float, session_blocks: int, *, online: bool = True
 ) -> Announcement:
     """What a node says of itself."""
     return Announcement(
@@ -40,7 +40,8 @@ def announcement(
         decode_speed=speed,
         prefill_speed=speed * 50,
         cache_tokens_left=65_536,
-        sessions=sessions,
+        sessions=min(session_blocks, 1),
+        session_blocks=session_blocks,
         version="0.1.0",
         sequence=1,
         expires_at=FOREVER,

@@ -204,7 +204,7 @@ class Ours:
                 start,
                 start + int(people.length[node]),
                 float(people.speed[node]),
-                int(state.sessions[node]),
+                int(state.session_blocks[node]),
                 online=state.status[node] not in (JOINING, MOVING),
             )
         return said

@@ -10,15 +10,15 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from petals.protocol.routing import LOAD_PER_SESSION, Route
+from petals.protocol.routing import LOAD_PER_BLOCK, Route
 
 from .population import NUM_BLOCKS, Floats, Ints
 from .state import State
 
 
-def seconds_per_block(state: State) -> Floats:
-    """A row's time at each node, under its load."""
-    seconds: Floats = (1 + LOAD_PER_SESSION * state.sessions) / state.population.speed
+def load_seconds(state: State) -> Floats:
+    """What the sessions at each node add to a step there."""
+    seconds: Floats = LOAD_PER_BLOCK * state.session_blocks / state.population.speed
     return seconds
 
 
@@ -34,14 +34,14 @@ def best_seconds(state: State, nodes: Ints, originator: int, *, star: bool = Fal
     cities, firsts = np.unique(city, return_index=True)
     between = people.between[np.ix_(cities, cities)]
     where = np.searchsorted(cities, city)
-    block_time = seconds_per_block(state)[nodes]
+    block_time, load = 1 / people.speed[nodes], load_seconds(state)[nodes]
     start = state.start[nodes]
     end = start + people.length[nodes]
     to_originator = (
         people.access[originator] + access + people.between[people.city[originator], city]
     )
     to_originator = np.where(nodes == originator, 0.0, to_originator)
-    cost = np.where(start == 0, to_originator + block_time, np.inf)
+    cost = np.where(start == 0, to_originator + load + block_time, np.inf)
     for block in range(1, NUM_BLOCKS):
         if star:
             switched = np.min(cost + to_originator) + to_originator
@@ -49,16 +49,16 @@ def best_seconds(state: State, nodes: Ints, originator: int, *, star: bool = Fal
             leaving = np.minimum.reduceat(cost + access, firsts)
             switched = (leaving[:, None] + between).min(axis=0)[where] + access
         holds = (start <= block) & (block < end)
-        cost = np.where(holds, np.minimum(cost, switched) + block_time, np.inf)
+        cost = np.where(holds, np.minimum(cost, switched + load) + block_time, np.inf)
     return float(np.min(cost + to_originator))
 
 
 def true_seconds(state: State, route: Route, numbers: list[int], originator: int) -> float:
     """The time of a token around a planned ring; ``numbers`` of its hops."""
-    per_block = seconds_per_block(state)
+    speed, load = state.population.speed, load_seconds(state)
     ring = [originator, *numbers, originator]
     ways = sum(state.population.latency(here, there) for here, there in pairwise(ring))
     return ways + sum(
-        len(hop.span) * float(per_block[number])
+        len(hop.span) / float(speed[number]) + float(load[number])
         for hop, number in zip(route.hops, numbers, strict=True)
     )

@@ -11,7 +11,7 @@ from itertools import count
 
 import numpy as np
 
-from .policies import Ours, Policy
+from .policies import Ours, Planned, Policy
 from .population import GROWTH, NUM_BLOCKS, Population
 from .routes import best_seconds, true_seconds
 from .state import GONE, JOINING, MOVING, ONLINE, State
@@ -179,9 +179,9 @@ class Simulation:
             best = best_seconds(self.state, self.state.online(), originator)
             seconds = true_seconds(self.state, planned.route, planned.numbers, originator)
             self.outcome.latency.append(seconds / best)
-        self._load(planned.numbers, 1)
+        self._load(planned, 1)
         lasting = self._dice.expovariate(1 / SESSION_SECONDS)
-        self._at(now + lasting, lambda _: self._load(planned.numbers, -1))
+        self._at(now + lasting, lambda _: self._load(planned, -1))
 
     def _compare_star(self, originator: int) -> None:
         online = self.state.online()
@@ -192,9 +192,9 @@ class Simulation:
         else:
             self.outcome.without_route += 1
 
-    def _load(self, nodes: list[int], change: int) -> None:
-        for node in nodes:
-            self.state.sessions[node] += change
+    def _load(self, planned: Planned, change: int) -> None:
+        for node, hop in zip(planned.numbers, planned.route.hops, strict=True):
+            self.state.session_blocks[node] += change * len(hop.span)
             self.policy.changed(node)
 
     def _minute(self, now: float) -> None:

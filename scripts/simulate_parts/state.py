@@ -20,7 +20,8 @@ class State:
         self.start: Ints = np.zeros(count, dtype=np.int64)
         self.died: Floats = np.full(count, np.inf)
         """When it crashed."""
-        self.sessions: Ints = np.zeros(count, dtype=np.int64)
+        self.session_blocks: Ints = np.zeros(count, dtype=np.int64)
+        """Over all sessions that are open there, the blocks that they run."""
 
     @property
     def share(self) -> Floats:

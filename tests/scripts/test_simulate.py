@@ -130,7 +130,7 @@ def test_both_policies_place_within_the_model() -> None:
         there = state.there()
         assert (state.start[there] >= 0).all()
         assert (state.start[there] + people.length[there] <= NUM_BLOCKS).all()
-        assert (state.sessions >= 0).all()
+        assert (state.session_blocks >= 0).all()
 
 
 @pytest.mark.parametrize(
