@@ -30,6 +30,7 @@ from ..protocol.round_trips import ends, successors
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
 from ..protocol.tensor import DType
+from ..protocol.upkeep import SHORTEST_LOOK, sampled
 from . import describe, saved_session
 from .config import NodeConfig
 from .identity import load_identity, new_identity
@@ -57,6 +58,9 @@ REJOIN_INTERVAL = 20.0
 LEAVE_TIMEOUT = 3.5
 """Seconds for leaving in good order, of the five that a user waits at most."""
 RUNNING_STEPS_PATIENCE = 1.0
+LOOK_INTERVAL = 5.0
+"""Seconds between two looks at whether to move, where what is known is all that there is: that costs
+nothing."""
 DESCRIBED_PEERS = 64
 """How many peers ``swarm_view`` asks for their present load; the others are as they announced."""
 
@@ -460,6 +464,7 @@ class Node:
         if capacity.span is None and capacity.num_blocks < checkpoint.num_blocks:
             model = checkpoint.fingerprint, checkpoint.num_blocks
             rebalance = Rebalance(
+                interval=self._look_interval,
                 look=partial(self._better_place, checkpoint, capacity.num_blocks),
                 refresh=partial(membership.refresh, *model),
                 move=server.move,
@@ -470,15 +475,31 @@ class Node:
     async def _choose_span(self, checkpoint: "Checkpoint", num_blocks: int) -> Span:
         with contextlib.suppress(PeerError):  # nobody there: everything is equally weak
             await self._running_membership().refresh(checkpoint.fingerprint, checkpoint.num_blocks)
-        others = self._swarm.peers(wall_clock(), checkpoint.fingerprint)
+        others = await self._others(checkpoint)
         return choose_span(others, checkpoint.num_blocks, num_blocks, self._dice)
+
+    async def _others(self, checkpoint: "Checkpoint") -> list[Announcement]:
+        """By whom a choice of blocks is made; of a large swarm a fair sample."""
+        known = self._swarm.peers(wall_clock(), checkpoint.fingerprint)
+        if sampled(known, checkpoint.num_blocks):
+            with contextlib.suppress(PeerError):
+                listed = await self._running_membership().find(self.model_name)
+                ours = checkpoint.fingerprint, self.peer_id
+                return [
+                    peer for peer in listed if peer.model == ours[0] and peer.peer_id != ours[1]
+                ]
+        return known
+
+    def _look_interval(self) -> float:
+        wanted = self._running_membership().upkeep.look_interval
+        return LOOK_INTERVAL if wanted <= SHORTEST_LOOK else wanted
 
     async def _better_place(self, checkpoint: "Checkpoint", capacity: int) -> Move | None:
         own = self._ourselves()
         if own is None:
             return None
         total = checkpoint.num_blocks
-        others = placed(self._swarm.peers(wall_clock(), checkpoint.fingerprint), total)
+        others = placed(await self._others(checkpoint), total)
         (ours,) = placed([own], total)
         # a plan for a dozen nodes takes a quarter of a second when it is made for the first time
         return await trio.to_thread.run_sync(should_move, ours, others, total, capacity)

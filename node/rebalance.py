@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 class RebalanceSettings:
     """Seconds."""
 
-    interval: float = 5.0
-    """Between two looks at what is known of the swarm, which cost nothing; give or take a half."""
     urgent_wait: float = 3.0
     """At most, before a move that covers blocks which nobody serves."""
     wait: float = 30.0
@@ -42,17 +40,19 @@ class Rebalance:
     def __init__(
         self,
         *,
+        interval: Callable[[], float],
         look: Callable[[], Awaitable[Move | None]],
         refresh: Callable[[], Awaitable[None]],
         move: Callable[[Span], Awaitable[None]],
         dice: Dice,
         settings: RebalanceSettings | None = None,
     ) -> None:
-        """``look`` says where this node should be, if elsewhere, by what is known now.
+        """``interval`` is what should pass between two looks now, in seconds. ``look`` says where this node should be, if elsewhere, by what is known now.
 
         ``refresh`` asks the swarm anew; ``move`` returns when the new span is served. Both may
         raise PetalsError.
         """
+        self._interval = interval
         self._look = look
         self._refresh = refresh
         self._move = move
@@ -63,7 +63,7 @@ class Rebalance:
         """Until cancelled."""
         settings = self._settings
         while True:
-            await trio.sleep(settings.interval * (0.5 + self._dice.random()))
+            await trio.sleep(self._interval() * (0.5 + self._dice.random()))
             wanted = await self._look()
             if wanted is None:
                 continue

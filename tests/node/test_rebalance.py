@@ -11,6 +11,7 @@ from petals.protocol.span import Span
 from trio.testing import MockClock
 
 SETTINGS = RebalanceSettings()
+INTERVAL = 5.0
 THERE = Move(Span(2, 4), urgent=False)
 AT_ONCE = Move(Span(2, 4), urgent=True)
 
@@ -58,7 +59,12 @@ def clock() -> MockClock:
 def run(swarm: Swarm, seconds: float, clock: MockClock) -> None:
     async def main() -> None:
         rebalance = Rebalance(
-            look=swarm.look, refresh=swarm.refresh, move=swarm.move, dice=Half(), settings=SETTINGS
+            interval=lambda: INTERVAL,
+            look=swarm.look,
+            refresh=swarm.refresh,
+            move=swarm.move,
+            dice=Half(),
+            settings=SETTINGS,
         )
         with trio.move_on_after(seconds):
             await rebalance.run()
@@ -69,7 +75,7 @@ def run(swarm: Swarm, seconds: float, clock: MockClock) -> None:
 def test_a_node_waits_and_looks_again_before_it_moves(clock: MockClock) -> None:
     swarm = Swarm(None, THERE, THERE)
     run(swarm, 100, clock)
-    assert swarm.moves == [(2 * SETTINGS.interval + SETTINGS.wait / 2, THERE.span)]
+    assert swarm.moves == [(2 * INTERVAL + SETTINGS.wait / 2, THERE.span)]
     assert swarm.refreshed == 1, "what it knows is fresh, or it was tried"
 
 
@@ -88,7 +94,7 @@ def test_it_goes_where_it_should_go_by_then(clock: MockClock) -> None:
 def test_blocks_that_nobody_serves_are_taken_in_seconds(clock: MockClock) -> None:
     swarm = Swarm(AT_ONCE, AT_ONCE)
     run(swarm, 100, clock)
-    assert swarm.moves == [(SETTINGS.interval + SETTINGS.urgent_wait / 2, AT_ONCE.span)]
+    assert swarm.moves == [(INTERVAL + SETTINGS.urgent_wait / 2, AT_ONCE.span)]
 
 
 def test_a_node_that_cannot_load_its_new_blocks_tries_again_much_later(clock: MockClock) -> None:
