@@ -28,8 +28,8 @@ class RebalanceSettings:
     """At most, before a move that covers blocks which nobody serves."""
     wait: float = 30.0
     """At most, before a move that only pays."""
-    refresh_timeout: float = 5.0
-    """For asking the swarm once more before a move."""
+    refresh_timeout: float = 15.0
+    """For asking the swarm once more before a move; without an answer nobody moves."""
     failed_pause: float = 300.0
     """Before the next try of a node that could not load its new blocks."""
 
@@ -70,11 +70,13 @@ class Rebalance:
             longest = settings.urgent_wait if wanted.urgent else settings.wait
             await trio.sleep(longest * self._dice.random())
             try:
-                with trio.move_on_after(settings.refresh_timeout):
+                with trio.move_on_after(settings.refresh_timeout) as asking:
                     await self._refresh()
-            except PetalsError as error:  # whatever is known has to do
+            except PetalsError as error:
                 logger.debug("could not ask the swarm before moving: %s", error)
-            wanted = await self._look()
+                continue
+            # Who has lost the others sees gaps everywhere.
+            wanted = None if asking.cancelled_caught else await self._look()
             if wanted is None:
                 continue
             try:

@@ -27,10 +27,7 @@ def running_in(data_dir: Path) -> Iterator[None]:
             ) from None
         os.ftruncate(file, 0)
         os.pwrite(file, str(os.getpid()).encode(), 0)
-        try:
-            yield
-        finally:
-            os.ftruncate(file, 0)
+        yield  # what the file says stays: only the lock tells whether that is so
 
 
 def running_process(data_dir: Path) -> int | None:

@@ -34,6 +34,7 @@ class Swarm:
         self.failing = list(failing)
         self.moves: list[tuple[float, Span]] = []
         self.refreshed = 0
+        self.cut_off = False
 
     async def look(self) -> Move | None:
         await trio.lowlevel.checkpoint()
@@ -42,7 +43,8 @@ class Swarm:
     async def refresh(self) -> None:
         await trio.lowlevel.checkpoint()
         self.refreshed += 1
-        raise PeerError("nobody answers")
+        if self.cut_off:
+            raise PeerError("nobody answers")
 
     async def move(self, span: Span) -> None:
         await trio.lowlevel.checkpoint()
@@ -76,7 +78,7 @@ def test_a_node_waits_and_looks_again_before_it_moves(clock: MockClock) -> None:
     swarm = Swarm(None, THERE, THERE)
     run(swarm, 100, clock)
     assert swarm.moves == [(2 * INTERVAL + SETTINGS.wait / 2, THERE.span)]
-    assert swarm.refreshed == 1, "what it knows is fresh, or it was tried"
+    assert swarm.refreshed == 1, "what it knows is fresh"
 
 
 def test_it_stays_if_there_is_no_more_reason(clock: MockClock) -> None:
@@ -102,3 +104,11 @@ def test_a_node_that_cannot_load_its_new_blocks_tries_again_much_later(clock: Mo
     run(swarm, 1000, clock)
     (first, _), (second, _) = swarm.moves
     assert second - first >= SETTINGS.failed_pause
+
+
+def test_a_node_that_has_lost_the_swarm_stays(clock: MockClock) -> None:
+    swarm = Swarm(AT_ONCE, AT_ONCE, AT_ONCE, AT_ONCE)
+    swarm.cut_off = True
+    run(swarm, 100, clock)
+    assert swarm.refreshed > 1
+    assert not swarm.moves
