@@ -295,6 +295,9 @@ class Libp2pNetwork:
         """Raises PeerError if nobody is there and we are nobody to join, either."""
         with trio.move_on_after(self._limits.lan_seconds):
             while not await self._join(self._lan_addresses(), []):
+                if self.connected_peers():  # somebody has found us first
+                    await self._directory.refresh()
+                    break
                 with trio.move_on_after(_LAN_LOOK_SECONDS):
                     await self._lan_news.wait()
         if not self._serve and not self.connected_peers():
