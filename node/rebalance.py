@@ -3,7 +3,7 @@
 Every node comes to the same plan from the same view, so two seldom move for the same gap; and since
 views differ for seconds, whoever wants to move waits for a random time, looks again, and moves only if
 that still is the plan. Where blocks are served by nobody, that is a matter of seconds; where a move only
-pays, of minutes, as most such reasons pass by themselves.
+pays, of tens of seconds, as many such reasons pass by themselves.
 """
 
 import logging
@@ -26,7 +26,7 @@ class RebalanceSettings:
 
     urgent_wait: float = 3.0
     """At most, before a move that covers blocks which nobody serves."""
-    wait: float = 30.0
+    wait: float = 10.0
     """At most, before a move that only pays."""
     refresh_timeout: float = 15.0
     """For asking the swarm once more before a move; without an answer nobody moves."""
