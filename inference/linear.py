@@ -85,11 +85,13 @@ def _pack(piece: torch.Tensor, bias: torch.Tensor | None, weights: WeightFormat)
 
 def _exact_half(piece: torch.Tensor) -> WeightFormat | None:
     """The 16-bit format that holds ``piece`` exactly and computes in float32, if there is one."""
-    for half in (WeightFormat.FLOAT16, WeightFormat.BFLOAT16):
-        if not widens(half, piece.device):
-            continue
+    halves = [
+        half for half in (WeightFormat.FLOAT16, WeightFormat.BFLOAT16) if widens(half, piece.device)
+    ]
+    for half in halves:  # nothing to try, and no memory to try it in
         if piece.dtype == half.torch_dtype:
             return half
+    for half in halves:
         if torch.equal(piece.to(half.torch_dtype).to(piece.dtype), piece):
             return half
     return None
