@@ -21,7 +21,7 @@ from .device import as_device
 from .families import Dimensions, Family, find_family
 from .fingerprint import compute_fingerprint
 from .hub import Source, open_source
-from .kernels import WeightFormat
+from .kernels import WeightFormat, widens
 from .loading import fill_module
 from .model import Blocks, Ends
 from .precision import Precision, resolve_precision
@@ -119,11 +119,13 @@ class Checkpoint:
         dimensions = self.dimensions
         return CacheShape(dimensions.cache_heads, dimensions.head_dim, precision.cache, device)
 
-    def block_bytes(self, precision: Precision) -> int:
-        """Memory that the weights of one block take."""
-        wide = precision.weights is WeightFormat.FLOAT32 and self.dtype == torch.float16
-        per_weight = 2.0 if wide else precision.weights.bytes_per_weight  # held without loss
-        return int(self.block_parameters() * per_weight)
+    def block_bytes(self, precision: Precision, device: torch.device) -> int:
+        """Memory that the weights of one block take on ``device``."""
+        weights = precision.weights
+        if weights is WeightFormat.FLOAT32 and self.dtype in (torch.float16, torch.bfloat16):
+            stored = WeightFormat(str(self.dtype).removeprefix("torch."))
+            weights = stored if widens(stored, device) else weights  # held without loss
+        return int(self.block_parameters() * weights.bytes_per_weight)
 
     def block_parameters(self) -> int:
         """The number of parameters of one block."""

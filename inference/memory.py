@@ -37,7 +37,7 @@ def blocks_that_fit(checkpoint: Checkpoint, precision: Precision, device: torch.
     At least 0, at most all of them.
     """
     token = checkpoint.cache_shape(precision, device).bytes_per_token
-    block = checkpoint.block_bytes(precision) + _LEAST_CACHE_TOKENS * token
+    block = checkpoint.block_bytes(precision, device) + _LEAST_CACHE_TOKENS * token
     return min(checkpoint.num_blocks, int(free_memory(device) * _USABLE) // block)
 
 
@@ -50,7 +50,7 @@ def default_cache_tokens(
     may share the machine.
     """
     token = checkpoint.cache_shape(precision, device).bytes_per_token * num_blocks
-    blocks = checkpoint.block_bytes(precision) * num_blocks
+    blocks = checkpoint.block_bytes(precision, device) * num_blocks
     left = (int(free_memory(device) * _USABLE) - blocks) // 2
     return max(checkpoint.max_length, min(_MOST_CACHE_TOKENS, left // token))
 

@@ -6,10 +6,13 @@ written for, there is none, and the libraries' kernels do the work; a node that 
 and computes the same.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
+import math
+import mmap
 import os
 import platform
 import shlex
@@ -48,9 +51,22 @@ class PackedMatrix:
         self.padded = panels * panel
         """Output features, made up with zeros to whole panels."""
         self.dtype = weight.dtype
-        self.data = weight.new_zeros((panels, self.inputs, panel))
+        self.data = _mapped_zeros((panels, self.inputs, panel), weight.dtype)
         for number, features in enumerate(weight.split(panel)):
             self.data[number, :, : len(features)] = features.t()
+
+
+def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in memory of their own, in huge pages where there are any.
+
+    In malloc's heap, what stays would lie between the pieces that come and go while it is packed,
+    and they would never go back to the system: a large block would take twice its size.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class Native:

@@ -8,7 +8,8 @@ from functools import partial
 
 from petals.inference.checkpoint import open_checkpoint
 
-from .local import INT8, NF4, Mode, block_bytes
+from .local import INT8, NF4, Mode, block_bytes, mode_label
+from .models import ModelSize
 from .report import Aim, Curve, Picture, Report, Row, number
 from .settings import Settings, fits_memory
 from .timing import Sampler, timed
@@ -29,14 +30,14 @@ def measure(settings: Settings, report: Report) -> None:
     with ExitStack() as stack:
         workers: list[Worker] = []
         for mode in (sixteen_bit, INT8, NF4):
-            label = f"{size.name} {mode.name}: a block"
+            label = f"{mode_label(size, folder, mode)}: a block"
             if fits_memory(1.2 * whole, label, report):
                 report.say(f"{label}: loading")
                 reading = timed(lambda: read_all(folder))
                 workers.append(stack.enter_context(Worker(folder, mode)))
                 tell_of_loading(report, label, workers[-1], reading, whole)
         if workers:
-            decoding(settings, report, size.name, folder, workers)
+            decoding(settings, report, size, folder, workers)
 
 
 def read_all(folder: pathlib.Path) -> None:
@@ -75,7 +76,7 @@ def tell_of_loading(report: Report, label: str, worker: Worker, reading: float, 
 def decoding(
     settings: Settings,
     report: Report,
-    name: str,
+    size: ModelSize,
     folder: pathlib.Path,
     workers: list[Worker],
 ) -> None:
@@ -90,21 +91,21 @@ def decoding(
         for mode, curve in curves.items():
             curve[length] = taken[mode.name] * 1e3
         if length == settings.lengths[0]:
-            tell_of_decoding(report, name, folder, workers, taken, speed, length)
+            tell_of_decoding(report, size, folder, workers, taken, speed, length)
     report.pictures.append(
         Picture(
             "large_block.png",
-            f"Decoding one session through a block of {name}",
+            f"Decoding one session through a block of {size.name}",
             "context, tokens",
             "ms a block",
-            [Curve(f"{name} {mode.name}", points) for mode, points in curves.items()],
+            [Curve(mode_label(size, folder, mode), points) for mode, points in curves.items()],
         )
     )
 
 
 def tell_of_decoding(
     report: Report,
-    name: str,
+    size: ModelSize,
     folder: pathlib.Path,
     workers: list[Worker],
     taken: dict[str, float],
@@ -117,7 +118,7 @@ def tell_of_decoding(
     for worker in workers:
         mode, seconds = worker.mode, taken[worker.mode.name]
         read = block_bytes(checkpoint, mode) + length * worker.loaded["cache_bytes"]
-        row = f"{name} {mode.name}: decode one session, KV {length}"
+        row = f"{mode_label(size, folder, mode)}: decode one session, KV {length}"
         report.add(
             Row(
                 row,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from petals.inference.checkpoint import Checkpoint, open_checkpoint
+from petals.inference.device import as_device
 from petals.inference.engine import Engine
 from petals.inference.model import Blocks, Ends
 from petals.inference.tensors import to_torch, to_wire, wire_dtype
@@ -63,7 +64,8 @@ def modes() -> list[Mode]:
 
 def block_bytes(checkpoint: Checkpoint, mode: Mode) -> int:
     """Bytes of a block's weights, of which every token needs every one."""
-    return checkpoint.block_bytes(checkpoint.precision(mode.dtype, quantization=mode.quantization))
+    precision = checkpoint.precision(mode.dtype, quantization=mode.quantization)
+    return checkpoint.block_bytes(precision, as_device("auto"))
 
 
 def bits_a_weight(checkpoint: Checkpoint, mode: Mode) -> float:

@@ -9,6 +9,7 @@ import torch
 from petals.inference import memory, throughput
 from petals.inference.checkpoint import Checkpoint, open_checkpoint
 from petals.inference.device import resolve_device
+from petals.inference.kernels import WeightFormat, widens
 from petals.protocol.errors import ConfigError
 from petals.protocol.span import Span
 from support.tiny_bloom import save_bloom, tiny_bloom
@@ -66,14 +67,18 @@ def test_blocks_that_fit(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
     assert memory.default_cache_tokens(checkpoint, 5, exact, CPU) == 2048
 
 
-def test_narrow_weights_take_less_memory(tmp_path: Path) -> None:
-    stored_in_16_bits = open_checkpoint(save_bloom(tmp_path, tiny_bloom().half()))
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_narrow_weights_take_less_memory(tmp_path: Path, stored: str) -> None:
+    model = tiny_bloom().to(getattr(torch, stored))
+    stored_in_16_bits = open_checkpoint(save_bloom(tmp_path, model))
 
     def bytes_per_weight(dtype: str, quantization: str = "none") -> float:
         precision = stored_in_16_bits.precision(dtype, CPU, quantization)
-        return stored_in_16_bits.block_bytes(precision) / stored_in_16_bits.block_parameters()
+        return stored_in_16_bits.block_bytes(precision, CPU) / stored_in_16_bits.block_parameters()
 
-    assert bytes_per_weight("auto") == bytes_per_weight("float16") == 2
+    exact = 2 if widens(WeightFormat(stored), CPU) else 4  # held without loss
+    assert bytes_per_weight("float32") == exact
+    assert bytes_per_weight("float16") == bytes_per_weight("bfloat16") == 2
     assert 1.1 < bytes_per_weight("auto", "int8") < 1.3
     assert 0.5 < bytes_per_weight("auto", "nf4") < 0.6
 
