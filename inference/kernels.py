@@ -9,7 +9,9 @@ Inductor emits, what quantised modules call); that is why they are tried before 
 What was measured (4096 × 16384, 2 cores, memory at about 30 GB/s): with AVX2, ``F.linear`` in
 float32 streams its weights at 21 GB/s for one row and at 4 for four; oneDNN's reordered weights at
 22 and 18; fbgemm's float16 weights at 25–29 and 21, at half the bytes. With AVX-512, for 1, 8 and
-16 rows, fbgemm's at 21, 15 and 8, our own at 27, 20 and 13. ``scripts/bench`` measures anew.
+16 rows, fbgemm's at 21, 15 and 8, our own at 27, 20 and 13; its 8-bit weights at 14, 10 and 6, our
+own at 20, 10 and 5 (10^9 weights a second); 4-bit ones of bitsandbytes, of torch and our own at 3,
+24 and 31 for one row, at 1, 3 and 5 for 16. ``scripts/bench`` measures anew.
 """
 
 import functools
@@ -24,7 +26,8 @@ import torch
 from torch.nn import functional as F
 
 from ..protocol.errors import ConfigError
-from .native import native
+from .native import Native, PackedMatrix, native
+from .quantizing import Int8Weights, Nf4Weights
 
 _ROWS = (1, 16)
 """A kernel is judged by one decoding session and by many."""
@@ -103,26 +106,54 @@ class Reordered:
         return result.to(rows.dtype)
 
 
-class NativeHalf:
-    """Our own product (``native.py``): 16-bit weights of either kind, float32 rows and sums.
-
-    Weights that 16 bits hold exactly give what float32 weights give, but for the order of the sums.
-    """
+class _Native:
+    """Our own product (``native.py``): narrow weights, float32 rows and sums."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         library = native()
         if library is None:
             raise RuntimeError("native.c cannot be had here")
         self._multiply = library.multiply
-        self._packed = library.pack(weight)
+        self._packed = self._pack(library, weight)
         self._bias = None
         if bias is not None:
             self._bias = torch.zeros(self._packed.padded)
             self._bias[: len(bias)] = bias
 
+    @staticmethod
+    def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
+        raise NotImplementedError
+
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """See ``Kernel``."""
         return self._multiply(rows, self._packed, self._bias)
+
+
+class NativeHalf(_Native):
+    """Of 16-bit weights of either kind.
+
+    Those that 16 bits hold exactly give what float32 weights give, but for the order of the sums.
+    """
+
+    @staticmethod
+    def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
+        return library.pack(weight)
+
+
+class NativeInt8(_Native):
+    """Of 8-bit weights, a scale per output feature."""
+
+    @staticmethod
+    def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
+        return library.pack_int8(Int8Weights.nearest(weight))
+
+
+class NativeNf4(_Native):
+    """Of NF4, a scale per 64 weights."""
+
+    @staticmethod
+    def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
+        return library.pack_nf4(Nf4Weights.nearest(weight))
 
 
 class FbgemmHalf:
@@ -158,14 +189,14 @@ class FbgemmInt8:
     _ZERO_POINT = 64
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        weight = weight.float()
-        scales = (weight.abs().amax(dim=1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-        integers = (weight / scales[:, None]).round_().to(torch.int8)
+        rounded = Int8Weights.nearest(weight)
         zero_points = torch.zeros(len(weight), dtype=torch.int64)
         with warnings.catch_warnings():
             # torch will drop these tensors some day; then this kernel is found not to work.
             warnings.simplefilter("ignore", UserWarning)
-            quantized = torch._make_per_channel_quantized_tensor(integers, scales, zero_points, 0)
+            quantized = torch._make_per_channel_quantized_tensor(
+                rounded.integers, rounded.scales, zero_points, 0
+            )
         self._packed = torch.ops.quantized.linear_prepack(quantized, None)
         self._bias = bias
         name = "linear_with_input_q_dq_qweight_dq_output_fp32"
@@ -190,10 +221,9 @@ class WeightOnlyInt8:
     """8-bit weights (a scale per output feature) that are widened as they are read."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        weight = weight.float()
-        scales = (weight.abs().amax(dim=1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-        self._integers = (weight / scales[:, None]).round_().to(torch.int8)
-        self._scales = scales.bfloat16()
+        rounded = Int8Weights.nearest(weight)
+        self._integers = rounded.integers
+        self._scales = rounded.scales.bfloat16()
         self._bias = bias
         self._linear = torch.ops.aten._weight_int8pack_mm.default
 
@@ -293,8 +323,8 @@ _KERNELS: dict[tuple[str, WeightFormat], tuple[MakeKernel, ...]] = {
     ("cpu", WeightFormat.FLOAT32): (Reordered,),
     ("cpu", WeightFormat.FLOAT16): (NativeHalf, FbgemmHalf),
     ("cpu", WeightFormat.BFLOAT16): (NativeHalf, Reordered),
-    ("cpu", WeightFormat.INT8): (FbgemmInt8, WeightOnlyInt8),
-    ("cpu", WeightFormat.NF4): (BitsandbytesNf4, PackedInt4),
+    ("cpu", WeightFormat.INT8): (NativeInt8, FbgemmInt8, WeightOnlyInt8),
+    ("cpu", WeightFormat.NF4): (NativeNf4, BitsandbytesNf4, PackedInt4),
     ("cuda", WeightFormat.INT8): (BitsandbytesInt8,),
     ("cuda", WeightFormat.NF4): (BitsandbytesNf4,),
 }

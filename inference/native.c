@@ -19,6 +19,7 @@
 
 #if defined(__AVX512F__)
 typedef __m512 vec;
+struct pair { vec left, right; };
 #define LANES 16
 #define MAX_TILE 14 /* rows: with two vectors of features each, what 32 registers hold */
 #define LOAD _mm512_loadu_ps
@@ -39,12 +40,23 @@ INLINE vec from_brain(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+INLINE vec from_int8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+/* What the lower halves of LANES bytes stand for in `levels`, and the upper ones. */
+INLINE struct pair from_nibbles(const uint8_t *p, const float *levels) {
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    const vec all = LOAD(levels); /* an index counts in its lowest four bits only */
+    return (struct pair){_mm512_permutexvar_ps(both, all),
+                         _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), all)};
+}
 INLINE vec power_of_two(vec whole) {
     __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127));
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
 }
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 typedef __m256 vec;
+struct pair { vec left, right; };
 #define LANES 8
 #define MAX_TILE 6 /* 16 registers */
 #define LOAD _mm256_loadu_ps
@@ -73,6 +85,19 @@ INLINE vec from_brain(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+INLINE vec from_int8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+INLINE vec level(__m256i index, const float *levels) {
+    const vec low = _mm256_permutevar8x32_ps(LOAD(levels), index); /* by the lowest three bits */
+    const vec high = _mm256_permutevar8x32_ps(LOAD(levels + LANES), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+/* What the lower halves of LANES bytes stand for in `levels`, and the upper ones. */
+INLINE struct pair from_nibbles(const uint8_t *p, const float *levels) {
+    const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    return (struct pair){level(both, levels), level(_mm256_srli_epi32(both, 4), levels)};
+}
 INLINE vec power_of_two(vec whole) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
@@ -81,7 +106,7 @@ INLINE vec power_of_two(vec whole) {
 #error "neither AVX-512 nor AVX2 with FMA and F16C"
 #endif
 
-enum dtype { FLOAT32, FLOAT16, BFLOAT16 };
+enum dtype { FLOAT32, FLOAT16, BFLOAT16, INT8, NF4 }; /* the last two of weights only */
 
 INLINE size_t width(enum dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
@@ -97,41 +122,86 @@ INLINE vec load(const void *p, enum dtype dtype) {
 
    Weights are packed in panels: PANEL output features, all inputs, feature by feature within one
    input. Walking through a panel reads memory in order, and a vector holds neighbouring features,
-   so nothing has to be summed across a vector. */
+   so nothing has to be summed across a vector. Weights of less than 16 bits have scales, one for a
+   feature and a group of inputs: they scale the sum of the group. */
 
 #define PANEL (2 * LANES)
 #define DEPTH 2048 /* inputs at once: a panel's part and its rows' stay in the second-level cache */
 #define BLOCK_ROWS (8 * MAX_TILE)
-#define AHEAD 256 /* inputs: some pages, so that addresses are looked up in time, too */
+#define AHEAD 16384 /* bytes: some pages, so that addresses are looked up in time, too */
 
 ptrdiff_t panel_features(void) { return PANEL; }
 ptrdiff_t block_rows(void) { return BLOCK_ROWS; }
 
-/* `out` [rows, features] += `x` times `panels` panels; x is packed [count][rows]. */
-INLINE void tile(const uint16_t *w, ptrdiff_t panel_size, const float *x, float *out,
-                 ptrdiff_t features, ptrdiff_t count, const int rows, const int panels,
+/* NF4's, as in quantizing.py. */
+static const float LEVELS[16] = {
+    -1.0f,          -0.6961928009f, -0.5250730515f, -0.3949174881f, -0.2844413817f, -0.1847734302f,
+    -0.0910500362f, 0.0f,           0.0795802996f,  0.1609302014f,  0.2461123019f,  0.3379152417f,
+    0.4407098293f,  0.5626170039f,  0.7229568362f,  1.0f};
+
+/* Bytes of PANEL weights. Those of 4 bits lie two in a byte: feature i, and i + LANES above it. */
+INLINE ptrdiff_t panel_row(enum dtype dtype) {
+    return dtype == NF4 ? LANES : dtype == INT8 ? PANEL : 2 * PANEL;
+}
+
+INLINE struct pair load_weights(const char *p, const enum dtype dtype) {
+    switch (dtype) {
+    case NF4: return from_nibbles((const uint8_t *)p, LEVELS);
+    case INT8: {
+        const int8_t *integers = (const int8_t *)p;
+        return (struct pair){from_int8(integers), from_int8(integers + LANES)};
+    }
+    default: return (struct pair){load(p, dtype), load(p + 2 * LANES, dtype)};
+    }
+}
+
+/* A part of the product: some rows by some panels, through `count` inputs. */
+struct part {
+    const char *weights;    /* of the first panel */
+    ptrdiff_t panel_size;   /* bytes from one panel to the next */
+    const float *scales;    /* [PANEL], of the first panel, or NULL */
+    ptrdiff_t panel_scales; /* from those of one panel to those of the next */
+    const float *rows;      /* [count][rows] */
+    ptrdiff_t count;
+    float *out; /* [rows, features] */
+    ptrdiff_t features;
+};
+
+/* `out` += `rows` times `weights`, times `scales` if there are any. */
+INLINE void tile(const struct part *part, const int rows, const int panels,
                  const enum dtype dtype) {
+    const int scaled = dtype == INT8 || dtype == NF4;
+    const ptrdiff_t row_bytes = panel_row(dtype), panel_size = part->panel_size;
+    const ptrdiff_t count = part->count;
+    const char *weights = part->weights;
+    const float *x = part->rows;
     vec sums[4][2][MAX_TILE];
     UNROLL for (int p = 0; p < panels; p++)
         UNROLL for (int v = 0; v < 2; v++)
-            UNROLL for (int r = 0; r < rows; r++)
-                sums[p][v][r] = LOAD(out + r * features + p * PANEL + v * LANES);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const float *from = part->out + r * part->features + p * PANEL + v * LANES;
+                sums[p][v][r] = scaled ? SET(0.0f) : LOAD(from);
+            }
     for (ptrdiff_t i = 0; i < count; i++) {
         UNROLL for (int p = 0; p < panels; p++) {
-            const uint16_t *row = w + p * panel_size + i * PANEL;
-            _mm_prefetch((const char *)(row + AHEAD * PANEL), _MM_HINT_T0);
-            const vec left = load(row, dtype), right = load(row + LANES, dtype);
+            const char *row = weights + p * panel_size + i * row_bytes;
+            _mm_prefetch(row + AHEAD, _MM_HINT_T0);
+            const struct pair pair = load_weights(row, dtype);
             UNROLL for (int r = 0; r < rows; r++) {
                 const vec value = SET(x[i * rows + r]);
-                sums[p][0][r] = FMA(left, value, sums[p][0][r]);
-                sums[p][1][r] = FMA(right, value, sums[p][1][r]);
+                sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
+                sums[p][1][r] = FMA(pair.right, value, sums[p][1][r]);
             }
         }
     }
     UNROLL for (int p = 0; p < panels; p++)
         UNROLL for (int v = 0; v < 2; v++)
-            UNROLL for (int r = 0; r < rows; r++)
-                STORE(out + r * features + p * PANEL + v * LANES, sums[p][v][r]);
+            UNROLL for (int r = 0; r < rows; r++) {
+                float *to = part->out + r * part->features + p * PANEL + v * LANES;
+                const float *scale = part->scales + p * part->panel_scales + v * LANES;
+                const vec sum = sums[p][v][r];
+                STORE(to, scaled ? FMA(sum, LOAD(scale), LOAD(to)) : sum);
+            }
 }
 
 /* Panels that are walked through together: enough sums to hide what an addition takes. */
@@ -140,16 +210,12 @@ INLINE void tile(const uint16_t *w, ptrdiff_t panel_size, const float *x, float 
 #define CASE(ROWS)                                                                            \
     case ROWS:                                                                                \
         if (panels == 1)                                                                      \
-            tile(w, panel_size, x, out, features, count, ROWS, 1, dtype);                     \
+            tile(part, ROWS, 1, dtype);                                                       \
         else                                                                                  \
-            tile(w, panel_size, x, out, features, count, ROWS, TOGETHER(ROWS), dtype);        \
+            tile(part, ROWS, TOGETHER(ROWS), dtype);                                          \
         break;
 
-/* The compiler knows numbers and dtypes in `tile` only if they are told apart here: what a parallel
-   region takes from around it is a variable to it. */
-INLINE void any_tile(const uint16_t *w, ptrdiff_t panel_size, const float *x, float *out,
-                     ptrdiff_t features, ptrdiff_t count, int rows, int panels,
-                     const enum dtype dtype) {
+INLINE void tile_of(const struct part *part, int rows, int panels, const enum dtype dtype) {
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if MAX_TILE > 6
@@ -158,18 +224,34 @@ INLINE void any_tile(const uint16_t *w, ptrdiff_t panel_size, const float *x, fl
     }
 }
 
+/* The compiler knows numbers and dtypes in `tile` only if they are told apart here: what a parallel
+   region takes from around it is a variable to it. */
+static void any_tile(const struct part *part, int rows, int panels, enum dtype dtype) {
+    switch (dtype) {
+    case NF4: tile_of(part, rows, panels, NF4); break;
+    case INT8: tile_of(part, rows, panels, INT8); break;
+    case FLOAT16: tile_of(part, rows, panels, FLOAT16); break;
+    default: tile_of(part, rows, panels, BFLOAT16);
+    }
+}
+
 INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 /* `out` [rows, features] = `x` [rows, inputs] times panels `w` in `dtype`, plus `bias` [features] or
-   NULL. `packed` is room for the inputs of BLOCK_ROWS rows, or of all if those are fewer. */
-void multiply(const uint16_t *w, int dtype, const float *x, const float *bias, float *out,
-              float *packed, ptrdiff_t features, ptrdiff_t inputs, ptrdiff_t rows) {
-    const ptrdiff_t panels = features / PANEL, panel_size = inputs * PANEL;
+   NULL. `scales` are [features / PANEL][inputs / group, made up][PANEL]; NULL without a `group`.
+   `packed` is room for the inputs of BLOCK_ROWS rows, or of all if those are fewer. */
+void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, const float *x,
+              const float *bias, float *out, float *packed, ptrdiff_t features, ptrdiff_t inputs,
+              ptrdiff_t rows) {
+    const ptrdiff_t panels = features / PANEL, row_bytes = panel_row(dtype);
+    const ptrdiff_t panel_size = inputs * row_bytes;
+    const ptrdiff_t groups = group ? (inputs + group - 1) / group : 0;
+    const ptrdiff_t at_once = group ? least(group, DEPTH) : DEPTH;
     for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
         const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
         const int together = tiles > 1 ? TOGETHER(MAX_TILE) : TOGETHER(block);
-        const ptrdiff_t groups = (panels + together - 1) / together;
+        const ptrdiff_t strips = (panels + together - 1) / together;
         const float *ordered = block == 1 ? x + begun * inputs : packed;
 #pragma omp parallel
         {
@@ -184,32 +266,36 @@ void multiply(const uint16_t *w, int dtype, const float *x, const float *bias, f
                             to[i * (last - first) + r - first] = x[(begun + r) * inputs + i];
                 }
 #pragma omp for schedule(static)
-            for (ptrdiff_t g = 0; g < groups; g++) {
-                const ptrdiff_t panel = g * together;
+            for (ptrdiff_t strip = 0; strip < strips; strip++) {
+                const ptrdiff_t panel = strip * together;
                 const int some = (int)least(together, panels - panel);
+                const int step = some == together ? together : 1;
                 float *columns = out + begun * features + panel * PANEL;
                 for (ptrdiff_t r = 0; r < block; r++)
                     for (ptrdiff_t f = 0; f < some * PANEL; f++)
                         columns[r * features + f] = bias ? bias[panel * PANEL + f] : 0.0f;
-                for (ptrdiff_t from = 0; from < inputs; from += DEPTH) {
-                    const ptrdiff_t count = least(DEPTH, inputs - from);
+                for (ptrdiff_t depth = 0; depth < inputs; depth += DEPTH)
                     for (ptrdiff_t t = 0; t < tiles; t++) {
                         const ptrdiff_t first = t * block / tiles, last = (t + 1) * block / tiles;
-                        const float *rows_ = ordered + first * inputs + from * (last - first);
-                        const int step = some == together ? together : 1;
-                        for (int p = 0; p < some; p += step) {
-                            const uint16_t *part = w + (panel + p) * panel_size + from * PANEL;
-                            float *to = columns + first * features + p * PANEL;
-                            const int some_rows = (int)(last - first);
-                            if (dtype == FLOAT16)
-                                any_tile(part, panel_size, rows_, to, features, count, some_rows,
-                                         step, FLOAT16);
-                            else
-                                any_tile(part, panel_size, rows_, to, features, count, some_rows,
-                                         step, BFLOAT16);
-                        }
+                        const int some_rows = (int)(last - first);
+                        const ptrdiff_t end = least(depth + DEPTH, inputs);
+                        for (int p = 0; p < some; p += step)
+                            for (ptrdiff_t from = depth; from < end; from += at_once) {
+                                const ptrdiff_t number = panel + p;
+                                const ptrdiff_t of = group ? number * groups + from / group : 0;
+                                const struct part part = {
+                                    .weights = w + number * panel_size + from * row_bytes,
+                                    .panel_size = panel_size,
+                                    .scales = scales + of * PANEL,
+                                    .panel_scales = groups * PANEL,
+                                    .rows = ordered + first * inputs + from * some_rows,
+                                    .count = least(at_once, end - from),
+                                    .out = columns + first * features + p * PANEL,
+                                    .features = features,
+                                };
+                                any_tile(&part, some_rows, step, dtype);
+                            }
                     }
-                }
             }
         }
     }

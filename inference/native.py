@@ -20,20 +20,24 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import platformdirs
 import psutil
 import torch
+from torch.nn import functional as F
+
+from .quantizing import Int8Weights, Nf4Weights
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c11")
 _COMPILE_SECONDS = 120.0
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""``enum dtype``."""
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
+"""``enum dtype``; NF4 are unsigned bytes here."""
 
 _void, _size, _int, _float = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_float
 
@@ -42,18 +46,19 @@ class NativeError(RuntimeError):
     """It cannot be had here; the text says why."""
 
 
+@dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix ``[out, in]`` of float16 or bfloat16, packed for ``Native.multiply``."""
+    """A matrix ``[out, in]``, packed for ``Native.multiply``."""
 
-    def __init__(self, weight: torch.Tensor, panel: int) -> None:
-        self.features, self.inputs = weight.shape
-        panels = -(-self.features // panel)
-        self.padded = panels * panel
-        """Output features, made up with zeros to whole panels."""
-        self.dtype = weight.dtype
-        self.data = _mapped_zeros((panels, self.inputs, panel), weight.dtype)
-        for number, features in enumerate(weight.split(panel)):
-            self.data[number, :, : len(features)] = features.t()
+    features: int
+    inputs: int
+    padded: int
+    """Output features, made up to whole panels; those beyond ``features`` give no sense."""
+    data: torch.Tensor
+    scales: torch.Tensor | None = None
+    """``[panels, groups, panel]``, float32."""
+    group: int = 0
+    """Inputs that share a scale; 0 without scales."""
 
 
 def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -77,7 +82,7 @@ class Native:
         self._panel: int = library.panel_features()
         self._block_rows: int = library.block_rows()
         self._multiply = library.multiply
-        self._multiply.argtypes = [_void, _int, *[_void] * 4, *[_size] * 3]
+        self._multiply.argtypes = [_void, _int, _void, _size, *[_void] * 4, *[_size] * 3]
         self._multiply.restype = None
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 4, _float, _void, _int]
@@ -87,7 +92,34 @@ class Native:
         """``[out, in]`` of float16 or bfloat16, in the order that ``multiply`` reads it in."""
         if weight.dtype not in (torch.float16, torch.bfloat16):
             raise TypeError(f"weights of {weight.dtype} cannot be packed")
-        return PackedMatrix(weight, self._panel)
+        return self._packed(weight)
+
+    def pack_int8(self, weights: Int8Weights) -> PackedMatrix:
+        """The same of 8-bit integers."""
+        inputs = weights.integers.shape[1]
+        return self._packed(weights.integers, weights.scales[:, None], group=inputs)
+
+    def pack_nf4(self, weights: Nf4Weights) -> PackedMatrix:
+        """The same of 4-bit NF4: two of them in a byte."""
+        return self._packed(weights.codes, weights.scales, group=weights.group)
+
+    def _packed(
+        self, weight: torch.Tensor, scales: torch.Tensor | None = None, *, group: int = 0
+    ) -> PackedMatrix:
+        (features, inputs), panel = weight.shape, self._panel
+        panels = -(-features // panel)
+        nibbles = weight.dtype == torch.uint8
+        data = _mapped_zeros((panels, inputs, panel // 2 if nibbles else panel), weight.dtype)
+        for number, some in enumerate(weight.split(panel)):
+            columns = some.t()
+            if nibbles:
+                columns = F.pad(columns, (0, panel - len(some)))
+                columns = columns[:, : panel // 2] | columns[:, panel // 2 :] << 4
+            data[number, :, : columns.shape[1]] = columns
+        if scales is not None:
+            padded = F.pad(scales, (0, 0, 0, panels * panel - features))
+            scales = padded.view(panels, panel, -1).transpose(1, 2).contiguous()
+        return PackedMatrix(features, inputs, panels * panel, data, scales, group)
 
     def multiply(
         self, rows: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None
@@ -104,7 +136,9 @@ class Native:
         packed = rows.new_empty(min(count, self._block_rows) * inputs if count > 1 else 0)
         self._multiply(
             weight.data.data_ptr(),
-            _DTYPES[weight.dtype],
+            _DTYPES[weight.data.dtype],
+            None if weight.scales is None else weight.scales.data_ptr(),
+            weight.group,
             rows.data_ptr(),
             None if bias is None else bias.data_ptr(),
             output.data_ptr(),

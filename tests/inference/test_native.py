@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from petals.inference import native as module
 from petals.inference.native import Native, NativeError, native
+from petals.inference.quantizing import NF4_GROUP, NF4_LEVELS, Int8Weights, Nf4Weights
 from torch.nn import functional as F
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -47,6 +48,35 @@ def test_rows_times_a_matrix(
     row = rows // 2
     alone = library.multiply(x[row : row + 1], packed, bias)
     assert torch.equal(alone[0], result[row]), "a row does not depend on those beside it"
+
+
+@given(
+    features=st.integers(1, 130),
+    inputs=st.sampled_from([1, 63, 64, 100, 2048, 2049, 5000]),
+    rows=st.sampled_from([1, 2, 3, 4, 8, 14, 15, 113]),
+    four_bits=st.booleans(),
+)
+def test_rows_times_a_matrix_of_few_bits(
+    library: Native, features: int, inputs: int, rows: int, *, four_bits: bool
+) -> None:
+    weight = normal(features, inputs) / math.sqrt(inputs)
+    weight[0] = 0.0
+    if four_bits:
+        few = Nf4Weights.nearest(weight)
+        packed = library.pack_nf4(few)
+        scales = few.scales.repeat_interleave(NF4_GROUP, dim=1)[:, :inputs]
+        stands_for = torch.tensor(NF4_LEVELS)[few.codes.int()] * scales
+    else:
+        whole = Int8Weights.nearest(weight)
+        packed = library.pack_int8(whole)
+        stands_for = whole.integers * whole.scales[:, None]
+    bias = normal(packed.padded, seed=1)
+    x = normal(rows, inputs, seed=2)
+    result = library.multiply(x, packed, bias)
+    expected = F.linear(x, stands_for, bias[:features])
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=2e-5)
+    alone = library.multiply(x[-1:], packed, bias)
+    assert torch.equal(alone[0], result[-1]), "a row does not depend on those beside it"
 
 
 @given(
