@@ -173,6 +173,7 @@ class TorchThread:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
+        _compute_without_denormals()
         pause: float | None = None
         while True:
             with self._condition:
@@ -198,6 +199,17 @@ class TorchThread:
                     self._jobs.append(job)
                     return
             job.abandon()
+
+
+def _compute_without_denormals() -> None:
+    """Let this thread, and the library threads that it starts, take denormal numbers for zero.
+
+    With ALiBi the softmax of a long context has many, and arithmetic on them takes a hundred times
+    as long: attention took most of a prefill's time. None is large enough to change a float32 sum.
+    """
+    import torch  # here, for the rule above
+
+    torch.set_flush_denormal(True)
 
 
 def _nothing() -> None:

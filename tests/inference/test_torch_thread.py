@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
 
 import pytest
+import torch
 from petals.inference.torch_thread import TorchThread
 from petals.protocol.errors import LocalProtocolError
 
@@ -217,3 +218,10 @@ def test_detaching_from_the_thread_itself_or_after_its_end() -> None:
     thread.attach(turn)
     assert thread.shutdown()
     assert thread.detach(turn, timeout=60)
+
+
+def test_denormal_numbers_are_zero_on_it(thread: TorchThread) -> None:
+    """Arithmetic on them would take a hundred times as long, and softmax is full of them."""
+    smallest = torch.full((64,), 1e-38)
+    assert (smallest / 10).count_nonzero() == 64
+    assert thread.run(lambda: (smallest / 10).count_nonzero()).result(timeout=60) == 0
