@@ -222,6 +222,10 @@ def test_detaching_from_the_thread_itself_or_after_its_end() -> None:
 
 def test_denormal_numbers_are_zero_on_it(thread: TorchThread) -> None:
     """Arithmetic on them would take a hundred times as long, and softmax is full of them."""
-    smallest = torch.full((64,), 1e-38)
-    assert (smallest / 10).count_nonzero() == 64
-    assert thread.run(lambda: (smallest / 10).count_nonzero()).result(timeout=60) == 0
+    least = torch.full((64,), 1e-38)
+
+    def left_of_a_tenth() -> int:
+        return int((least / 10).count_nonzero())
+
+    assert left_of_a_tenth() == 64
+    assert thread.run(left_of_a_tenth).result(timeout=60) == 0
