@@ -13,10 +13,7 @@ from torch import nn
 from .kernels import Kernel, WeightFormat, choose_kernel, widens
 
 PIECE = 1 << 25
-"""Weights of a piece: while it is packed, it takes 64 MiB in 16 bits.
-
-Less than 32 MiB would come from glibc's heap, where aligned blocks of one size that come and go do
-not always find the room of those before them: loading took twice the memory of a block."""
+"""Weights of a piece: while it is packed, it takes 128 MiB in float32."""
 _FEATURES = 64
 """Pieces are of a multiple of this many output features, as 4-bit kernels want them."""
 

@@ -118,6 +118,12 @@ INLINE vec load(const void *p, enum dtype dtype) {
     }
 }
 
+INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
+    return value < low ? low : least(value, high);
+}
+
 /* ---- rows times a matrix --------------------------------------------------------------------
 
    Weights are packed in panels: PANEL output features, all inputs, feature by feature within one
@@ -128,7 +134,7 @@ INLINE vec load(const void *p, enum dtype dtype) {
 #define PANEL (2 * LANES)
 #define DEPTH 2048 /* inputs at once: a panel's part and its rows' stay in the second-level cache */
 #define BLOCK_ROWS (8 * MAX_TILE)
-#define AHEAD 16384 /* bytes: some pages, so that addresses are looked up in time, too */
+#define AHEAD 32768 /* bytes: some pages, so that addresses are looked up in time, too */
 
 ptrdiff_t panel_features(void) { return PANEL; }
 ptrdiff_t block_rows(void) { return BLOCK_ROWS; }
@@ -163,6 +169,7 @@ struct part {
     ptrdiff_t panel_scales; /* from those of one panel to those of the next */
     const float *rows;      /* [count][rows] */
     ptrdiff_t count;
+    ptrdiff_t left; /* inputs from here to the end of the panel */
     float *out; /* [rows, features] */
     ptrdiff_t features;
 };
@@ -182,18 +189,23 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
                 const float *from = part->out + r * part->features + p * PANEL + v * LANES;
                 sums[p][v][r] = scaled ? SET(0.0f) : LOAD(from);
             }
-    for (ptrdiff_t i = 0; i < count; i++) {
-        UNROLL for (int p = 0; p < panels; p++) {
-            const char *row = weights + p * panel_size + i * row_bytes;
-            _mm_prefetch(row + AHEAD, _MM_HINT_T0);
-            const struct pair pair = load_weights(row, dtype);
-            UNROLL for (int r = 0; r < rows; r++) {
-                const vec value = SET(x[i * rows + r]);
-                sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
-                sums[p][1][r] = FMA(pair.right, value, sums[p][1][r]);
+    /* Behind the end of these panels, the next ones are read: those behind the last of these. */
+    const ptrdiff_t inside = between(0, part->left - AHEAD / row_bytes, count);
+    const ptrdiff_t ends[2] = {inside, count};
+    const ptrdiff_t ahead[2] = {AHEAD, AHEAD + (panels - 1) * panel_size};
+    ptrdiff_t i = 0;
+    for (int k = 0; k < 2; k++)
+        for (; i < ends[k]; i++)
+            UNROLL for (int p = 0; p < panels; p++) {
+                const char *row = weights + p * panel_size + i * row_bytes;
+                _mm_prefetch(row + ahead[k], _MM_HINT_T0);
+                const struct pair pair = load_weights(row, dtype);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const vec value = SET(x[i * rows + r]);
+                    sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
+                    sums[p][1][r] = FMA(pair.right, value, sums[p][1][r]);
+                }
             }
-        }
-    }
     UNROLL for (int p = 0; p < panels; p++)
         UNROLL for (int v = 0; v < 2; v++)
             UNROLL for (int r = 0; r < rows; r++) {
@@ -234,8 +246,6 @@ static void any_tile(const struct part *part, int rows, int panels, enum dtype d
     default: tile_of(part, rows, panels, BFLOAT16);
     }
 }
-
-INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 /* `out` [rows, features] = `x` [rows, inputs] times panels `w` in `dtype`, plus `bias` [features] or
    NULL. `scales` are [features / PANEL][inputs / group, made up][PANEL]; NULL without a `group`.
@@ -290,6 +300,7 @@ void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, co
                                     .panel_scales = groups * PANEL,
                                     .rows = ordered + first * inputs + from * some_rows,
                                     .count = least(at_once, end - from),
+                                    .left = inputs - from,
                                     .out = columns + first * features + p * PANEL,
                                     .features = features,
                                 };

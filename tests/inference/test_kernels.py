@@ -165,4 +165,4 @@ def test_a_matrix_that_does_not_divide_into_groups_stays_in_16_bits() -> None:
 
 
 def test_pieces_are_bounded() -> None:
-    assert PIECE * 2 == 64 * 2**20
+    assert PIECE * 4 == 128 * 2**20

@@ -16,12 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from petals.node.environment import MEMORY_TUNABLES
+
 SERVER = Path(__file__).with_name("forkserver.py")
 _SETTINGS = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "10000",
     "OMP_NUM_THREADS": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
+    "GLIBC_TUNABLES": MEMORY_TUNABLES,
 }
 """What a command that is started afresh sets for itself before it imports torch, and one thread each:
 many run at once."""
