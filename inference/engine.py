@@ -22,6 +22,7 @@ from ..protocol.span import Span
 from ..protocol.tensor import DType, WireTensor
 from .cache import CachePool, SessionCache
 from .gathering import Gathering
+from .histogram import Histogram, HistogramFigures
 from .model import Blocks
 from .pace import Limits, Pace
 from .prefix_rows import PrefixRows
@@ -35,6 +36,7 @@ __all__ = ["Engine", "EngineStatistics", "Limits", "Priority", "Restored"]
 
 MAX_QUEUED_STEPS = 8
 """Steps of one session that may wait: enough to keep it busy, more only hide a full node."""
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,15 @@ class Engine:
         self._busy_seconds = 0.0
         self._prefix_hits = 0
         self._prefix_tokens_reused = 0
+        self._histograms = {
+            "round_rows": Histogram(
+                "Rows computed together in a round.", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+            ),
+            "round_seconds": Histogram("How long a round took.", _SECONDS),
+            "step_queue_seconds": Histogram(
+                "How long a step waited for its first round.", _SECONDS
+            ),
+        }
         self.thread.attach(self._turn)
 
     def open(
@@ -257,6 +268,11 @@ class Engine:
                 busy_seconds=self._busy_seconds,
             )
 
+    def histograms(self) -> dict[str, HistogramFigures]:
+        """A snapshot of the sizes and times behind the statistics, by name."""
+        with self._lock:
+            return {name: histogram.figures() for name, histogram in self._histograms.items()}
+
     def shutdown(self, timeout: float = 5.0) -> bool:
         """Close all sessions and run no more rounds; False if one still runs after ``timeout``.
 
@@ -317,6 +333,8 @@ class Engine:
         shares = self._schedule.take(heads, now)
         for share in shares:
             session = share.step.owner
+            if not share.step.started:
+                self._histograms["step_queue_seconds"].observe(now - share.step.since)
             session.steps.popleft()
             session.running = True
             if not session.steps:
@@ -331,6 +349,8 @@ class Engine:
         self._rows += outcome.rows
         self._steps += len(outcome.results)
         self._busy_seconds += end - begin
+        self._histograms["round_rows"].observe(outcome.rows)
+        self._histograms["round_seconds"].observe(end - begin)
         if outcome.rows and not outcome.errors:
             long_rows = sum(s.rows * s.step.batch for s in shares if s.step.rows > 1)
             blocks = len(shares[0].step.span)

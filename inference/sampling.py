@@ -1,7 +1,8 @@
 """From logits to tokens, token for token as ``transformers.generate`` chooses them.
 
 The processors are transformers' own, in the order in which ``generate`` applies them: repetition
-penalty; then, when sampling, temperature, top-k, top-p; then ``argmax`` or ``multinomial``. With
+penalty; then, when sampling, temperature, top-k, top-p; then ``argmax`` or ``multinomial``. Frequency
+and presence penalty, which transformers lacks, are OpenAI's, and come behind the repetition penalty. With
 a seed the tokens equal those of ``torch.manual_seed(seed); model.generate(do_sample=True, …)``.
 
 A sampler that is made from all tokens so far and the ``state`` of another one behind the last of them
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers.generation.logits_process import (
+    LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -20,9 +22,9 @@ from transformers.generation.logits_process import (
 )
 
 from ..protocol.errors import ConfigError, LocalProtocolError, ModelError
-from .sampling_params import SamplerState, SamplingParams
+from .sampling_params import SamplerState, SamplingParams, TokenLogprobs
 
-__all__ = ["Sampler", "SamplerState", "SamplingParams"]
+__all__ = ["Sampler", "SamplerState", "SamplingParams", "TokenLogprobs"]
 
 
 class Sampler:
@@ -33,8 +35,9 @@ class Sampler:
     mask). A row that has drawn one of ``eos_token_ids`` or was given to ``finish`` gets
     ``pad_token_id`` from then on.
 
-    ``state`` is that of the sampler that chose the last tokens of ``prompt_ids``. Raises ConfigError
-    when its generator is not one of this version of torch.
+    ``state`` is that of the sampler that chose the last tokens of ``prompt_ids``, those from position
+    ``begin`` on (None: ``prompt_ids`` is the prompt and no more). Raises ConfigError when
+    its generator is not one of this version of torch.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Sampler:
         padding: Sequence[int] | None = None,
         eos_token_ids: Sequence[int] = (),
         pad_token_id: int = 0,
+        begin: int | None = None,
         state: SamplerState | None = None,
     ) -> None:
         self._ids = torch.as_tensor(prompt_ids, dtype=torch.int64, device="cpu")
@@ -57,7 +61,11 @@ class Sampler:
         if len(ignored) != batch:
             raise LocalProtocolError(f"padding for {len(ignored)} rows, prompt_ids for {batch}")
         self._params = params
-        self._processors = _processors(params, ignored)
+        self._processors = _processors(
+            params, ignored, self._ids.shape[1] if begin is None else begin
+        )
+        self.logprobs: tuple[TokenLogprobs, ...] = ()
+        """Of each row's token chosen last; empty unless the params ask for them."""
         self._eos = torch.tensor(list(eos_token_ids), dtype=torch.int64)
         self._pad_token_id = pad_token_id
         finished = state.finished if state is not None else (False,) * batch
@@ -104,6 +112,7 @@ class Sampler:
         scores = logits.to(device="cpu", dtype=torch.float32, copy=True)
         if scores.isnan().any():
             raise ModelError("the logits contain NaN: the model's output cannot be sampled")
+        own = None if self._params.logprobs is None else torch.log_softmax(scores, dim=-1)
         # transformers writes LongTensor where it takes any int64 tensor.
         scores = self._processors(self._ids, scores)  # type: ignore[arg-type]
         if self._params.greedy:
@@ -113,6 +122,8 @@ class Sampler:
             tokens = torch.multinomial(
                 probabilities, num_samples=1, generator=self._generator
             ).squeeze(1)
+        if own is not None:
+            self.logprobs = _logprobs(own, tokens, self._params.logprobs or 0)
         tokens = tokens.masked_fill(self._finished, self._pad_token_id)
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=-1)
         self._finished |= torch.isin(tokens, self._eos)
@@ -128,12 +139,47 @@ def _set_state(generator: torch.Generator, state: bytes) -> None:
         ) from error
 
 
-def _processors(params: SamplingParams, padding: torch.Tensor) -> LogitsProcessorList:
+def _logprobs(scores: torch.Tensor, tokens: torch.Tensor, top: int) -> tuple[TokenLogprobs, ...]:
+    chosen = scores.gather(1, tokens[:, None]).squeeze(1).tolist()
+    likeliest = scores.topk(min(top, scores.shape[1]), dim=-1)
+    return tuple(
+        TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)))
+        for logprob, ids, values in zip(
+            chosen, likeliest.indices.tolist(), likeliest.values.tolist(), strict=True
+        )
+    )
+
+
+class _CountPenalties(LogitsProcessor):
+    """OpenAI's: by how often a token is among those from ``begin`` on, and by whether it is."""
+
+    def __init__(self, begin: int, *, frequency: float, presence: float) -> None:
+        self._begin = begin
+        self._frequency = frequency
+        self._presence = presence
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        new = input_ids[:, self._begin :]
+        counts = torch.zeros_like(scores).scatter_add_(
+            1, new, torch.ones_like(new, dtype=scores.dtype)
+        )
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+def _processors(params: SamplingParams, padding: torch.Tensor, begin: int) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if params.repetition_penalty != 1:
         processors.append(
             RepetitionPenaltyLogitsProcessor(
                 float(params.repetition_penalty), prompt_ignore_length=padding
+            )
+        )
+    if params.frequency_penalty or params.presence_penalty:
+        processors.append(
+            _CountPenalties(
+                begin,
+                frequency=float(params.frequency_penalty),
+                presence=float(params.presence_penalty),
             )
         )
     if params.greedy:

@@ -12,6 +12,8 @@ from ..protocol.errors import ConfigError
 _MIN_TEMPERATURE = 1e-6
 _MAX_TEMPERATURE = 1000.0
 _MAX_PENALTY = 1000.0
+_MAX_SHIFT = 1000.0
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,13 @@ class SamplingParams:
     """Sample from this many of the likeliest tokens; 0 is all."""
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and of the text so far become less likely; 1 is off."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit as often as it is in the text so far, the prompt apart."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of every token that is in the text so far, the prompt apart."""
+    logprobs: int | None = None
+    """With every token, keep its logarithmic probability and those of so many of the likeliest;
+    None: keep none. They are the model's own, before penalties, temperature and what follows it."""
     seed: int | None = None
     """The same seed, prompt and settings give the same text; None is different every time."""
     stop: tuple[str, ...] = ()
@@ -52,6 +61,15 @@ class SamplingParams:
                 f"repetition_penalty: must be above 0 and at most {_MAX_PENALTY:g}, "
                 f"got {self.repetition_penalty}"
             )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _number(name, value)
+            if abs(value) > _MAX_SHIFT:
+                raise ConfigError(
+                    f"{name}: must be from -{_MAX_SHIFT:g} to {_MAX_SHIFT:g}, got {value}"
+                )
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**63 - 1)
         object.__setattr__(self, "stop", _texts("stop", self.stop))
@@ -70,6 +88,15 @@ class SamplerState:
     """Which rows have ended."""
     generator: bytes = b""
     """The random generator's state. Empty: nothing was drawn from it; a greedy sampler never does."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model found the token that was chosen, and others in its place."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens and their logarithmic probabilities, the likeliest first."""
 
 
 def _integer(name: str, value: object, least: int, most: int | None) -> None:

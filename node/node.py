@@ -48,7 +48,8 @@ from .wakeup import open_flat_nursery, wait_future
 
 if TYPE_CHECKING:
     from ..inference.checkpoint import Checkpoint
-    from .originate import Generation, GenerationHandle, Originator, Session
+    from ..inference.histogram import HistogramFigures
+    from .originate import Generation, GenerationHandle, Originator, Prompt, Session
     from .server import BlockServer
 
 logger = logging.getLogger(__name__)
@@ -181,11 +182,16 @@ class Node:
             figures |= {f"refused {code}": count for code, count in server.relay.refusals.items()}
         return figures
 
+    def histograms(self) -> "dict[str, HistogramFigures]":
+        """What this node's blocks have had to do, by name; empty while it serves none."""
+        served = None if self._server is None else self._server.served
+        return {} if served is None else served.engine.histograms()
+
     # --- originating --------------------------------------------------------------------------
 
     async def submit(
         self,
-        prompt: str | Sequence[str],
+        prompt: "str | Sequence[Prompt]",
         params: SamplingParams | None = None,
         *,
         max_length: int | None = None,
@@ -193,11 +199,12 @@ class Node:
     ) -> "GenerationHandle":
         """Start generating from one prompt, or from several together in one session.
 
+        Of several, each is a text or a sequence of token ids.
         Iterate over the handle for the text as it comes. ``save_to`` is a file for ``resume``: it is
         made or replaced now, and kept up to date until the end. Raises ConfigError for arguments
         that cannot be, ModelError if the model's ends cannot be loaded.
         """
-        originator = await self._originating()
+        originator = await self.originator()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         file = None if save_to is None else Path(save_to)
         handle = originator.submit(
@@ -214,7 +221,7 @@ class Node:
         must have begun with. ``save_to``: as in ``submit``; it may be ``path``. Raises ConfigError
         when the file cannot be read, or is of another model or prompt.
         """
-        originator = await self._originating()
+        originator = await self.originator()
         saved = await trio.to_thread.run_sync(saved_session.load, Path(path))
         file = None if save_to is None else Path(save_to)
         handle = originator.resume(saved, prompt=prompt, save_to=file)
@@ -247,7 +254,7 @@ class Node:
 
         ``max_tokens`` positions are reserved; None: what the model was made for.
         """
-        originator = await self._originating()
+        originator = await self.originator()
         room = max_tokens or originator.checkpoint.max_length
         async with originator.open_session(room, batch=batch, padding=padding) as session:
             yield session
@@ -255,7 +262,7 @@ class Node:
     @contextlib.asynccontextmanager
     async def reopen_session(self, saved: saved_session.SavedSession) -> AsyncIterator["Session"]:
         """A session that goes on behind the tokens of a saved one. Raises ConfigError."""
-        originator = await self._originating()
+        originator = await self.originator()
         async with originator.reopen_session(saved) as session:
             yield session
 
@@ -272,7 +279,11 @@ class Node:
         finally:
             self._generations -= 1
 
-    async def _originating(self) -> "Originator":
+    async def originator(self) -> "Originator":
+        """What all sessions of this node have in common: the model's ends, loaded when first asked for.
+
+        Raises ConfigError if the node has no model, ModelError if they cannot be loaded.
+        """
         async with self._originator_lock:
             if self._originator is None:
                 self._originator = await self._make_originator()

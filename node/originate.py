@@ -25,7 +25,7 @@ from ..inference.checkpoint import Checkpoint
 from ..inference.detokenizer import Detokenizer
 from ..inference.head import Head, HeadRows
 from ..inference.model import Ends
-from ..inference.sampling import Sampler, SamplerState, SamplingParams
+from ..inference.sampling import Sampler, SamplerState, SamplingParams, TokenLogprobs
 from ..inference.tensors import to_torch, to_wire
 from ..protocol.chain import ChainState, SessionTerms
 from ..protocol.errors import ConfigError, LocalProtocolError, PetalsError
@@ -42,6 +42,9 @@ from .saved_session import SavedSession, Writing
 from .wakeup import Signal
 
 T = TypeVar("T")
+
+Prompt = str | Sequence[int]
+"""A text, or the token ids of one."""
 
 
 class Compute(Protocol):
@@ -91,6 +94,9 @@ class Generation:
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    """Of ``token_ids``, if the params asked for them; of a resumed text only those behind the
+    restored ones."""
     finish_reason: str
     """``length`` (max_new_tokens), ``eos`` (the model ended the text) or ``stop``."""
     tokens_per_second: float
@@ -122,6 +128,8 @@ class Session:
         """The tokens sampled last, one a sequence, and their embeddings."""
         self.changed = Signal()
         """There are more tokens, or fewer."""
+        self.logprobs: tuple[TokenLogprobs, ...] = ()
+        """Per sequence, of the token sampled last, if the params ask for them."""
         self.ring: Ring | None = None
         """Set while the session is open."""
 
@@ -205,6 +213,7 @@ class Session:
             padding=self._terms.padding,
             eos_token_ids=checkpoint.eos_token_ids,
             pad_token_id=checkpoint.pad_token_id,
+            begin=writing.begin,
             state=writing.sampler,
         )
         for _ in range(writing.left(len(self._tokens[0]))):
@@ -220,6 +229,7 @@ class Session:
             for sequence, token in zip(self._tokens, tokens, strict=True):
                 sequence.append(token)
             self._now_writing(dataclasses.replace(writing, sampler=state))
+            self.logprobs = sampler.logprobs
             ended = [row for row, end in enumerate(on_tokens(tokens)) if end]
             for row in ended:
                 sampler.finish(row)
@@ -391,12 +401,18 @@ class Originator:
                 f"{checkpoint.name}; it is damaged, or of another model"
             )
 
-    def encode(self, prompts: Sequence[str]) -> tuple[list[list[int]], tuple[int, ...]]:
+    def encode(self, prompts: Sequence[Prompt]) -> tuple[list[list[int]], tuple[int, ...]]:
         """Token ids [batch, longest], left-padded, and how much padding each prompt got.
 
-        Raises ConfigError for a prompt without a token.
+        Raises ConfigError for a prompt without a token, or with one that is none of the model's.
         """
-        encoded: list[list[int]] = [list(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        encoded: list[list[int]] = [
+            list(self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+            for prompt in prompts
+        ]
+        known = range(self.checkpoint.vocab_size)
+        if not all(token in known for tokens in encoded for token in tokens):
+            raise ConfigError(f"prompt: its token ids must be from 0 to {known.stop - 1}")
         if not encoded or not all(encoded):
             raise ConfigError("prompt: must not be empty; write at least one word")
         longest = max(map(len, encoded))
@@ -406,7 +422,7 @@ class Originator:
 
     def submit(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
         max_length: int | None = None,
@@ -469,10 +485,11 @@ class GenerationHandle:
         stop = writing.params.stop
         self._texts = [Detokenizer(originator.tokenizer, stop=stop) for _ in saved.token_ids]
         self._new: list[list[int]] = [[] for _ in saved.token_ids]
+        self._logprobs: list[list[TokenLogprobs]] = [[] for _ in saved.token_ids]
         self._reasons: list[str | None] = [None for _ in saved.token_ids]
         self._pieces: list[str] = []
         for position in range(writing.begin, saved.length):
-            self._add([tokens[position] for tokens in saved.token_ids])
+            self._add([tokens[position] for tokens in saved.token_ids], ())
         self._restored = saved.length - writing.begin
         self._state = GenerationState.QUEUED
         self._error: Exception | None = None
@@ -510,6 +527,11 @@ class GenerationHandle:
         while not self._state.final:
             await self._changed.wait()
 
+    async def more(self, than: int) -> None:
+        """Return when there are more new tokens per sequence ``than`` so many, or it has ended."""
+        while max(map(len, self._new)) <= than and not self._state.final:
+            await self._changed.wait()
+
     async def save(self, path: Path | str) -> None:
         """Put what there is so far into a file that ``resume`` goes on from. Raises ConfigError.
 
@@ -541,13 +563,16 @@ class GenerationHandle:
             Generation(
                 text=text.text,
                 token_ids=tuple(tokens),
+                logprobs=tuple(logprobs),
                 finish_reason=reason or "length",
                 tokens_per_second=self._speed(),
                 time_to_first_token=(self._first or self._latest) - self._created,
                 route=self._route,
                 recoveries=self._recoveries,
             )
-            for text, tokens, reason in zip(self._texts, self._new, self._reasons, strict=True)
+            for text, tokens, logprobs, reason in zip(
+                self._texts, self._new, self._logprobs, self._reasons, strict=True
+            )
         ]
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -596,16 +621,17 @@ class GenerationHandle:
         self._latest = trio.current_time()
         if self._first is None:
             self._first = self._latest
-        self._add(tokens)
+        self._add(tokens, () if self._session is None else self._session.logprobs)
         self._changed.notify()
         return [reason is not None for reason in self._reasons]
 
-    def _add(self, tokens: Sequence[int]) -> None:
+    def _add(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         eos = self._originator.checkpoint.eos_token_ids
         for row, token in enumerate(tokens):
             if self._reasons[row] is not None:
                 continue
             self._new[row].append(token)
+            self._logprobs[row].extend(logprobs[row : row + 1])
             piece = self._texts[row].add(token)
             if token in eos:
                 self._reasons[row] = "eos"

@@ -51,7 +51,7 @@ from ..protocol.checks import (
 from ..protocol.errors import ConfigError
 from ..protocol.tensor import DType
 
-VERSION = 1
+VERSION = 2
 MAX_HEADER = 1024 * 1024
 """Bytes. A real one has 6 KB, most of which is the random generator; stop strings may be long."""
 MAX_TOKEN_IDS = 1 << 22

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from ...protocol.admission import AdmissionLimits
+from ..api.config import DEFAULT_ADDRESS, ApiConfig
 from ..config import swarm_key_from_environment
 from . import failures, logs
 
@@ -181,6 +182,30 @@ StopOption = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="Stop before this text. May be repeated."),
 ]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        help="What clients of the API have to know. Default: $PETALS_API_KEY, which other users of "
+        "this machine cannot see, or none.",
+    ),
+]
+CorsOriginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cors-origin",
+        metavar="ORIGIN",
+        help="Let web pages from here use the API: https://HOST, or * for all. May be repeated.",
+    ),
+]
+ApiRequestsOption = Annotated[
+    int,
+    typer.Option("--api-requests", metavar="N", help="Requests to the API at the same time."),
+]
+ApiBodyOption = Annotated[
+    int, typer.Option("--api-body", metavar="MIB", help="MiB of one request to the API.")
+]
 EndWithStdinOption = Annotated[
     bool,
     typer.Option("--exit-with-stdin", hidden=True, help="Leave when standard input ends."),
@@ -340,6 +365,18 @@ def run_command(
         str | None,
         typer.Option("--public-name", metavar="NAME", help="What the swarm's status calls you."),
     ] = None,
+    api: Annotated[
+        str | None,
+        typer.Option(
+            "--api",
+            metavar="HOST:PORT",
+            help="Serve an OpenAI-compatible API here, too, for example at 127.0.0.1:8080.",
+        ),
+    ] = None,
+    api_key: ApiKeyOption = None,
+    cors_origin: CorsOriginOption = None,
+    api_requests: ApiRequestsOption = ApiConfig.max_requests,
+    api_body: ApiBodyOption = ApiConfig.max_body_mib,
     json_lines: Annotated[
         bool, typer.Option("--json", help="Write events to standard output, one JSON a line.")
     ] = False,
@@ -350,6 +387,11 @@ def run_command(
     del debug
     from . import arguments, run
 
+    exposed = None
+    if api is not None:
+        exposed = arguments.api_config(
+            api, api_key, cors_origin, max_requests=api_requests, max_body_mib=api_body
+        )
     config = run.node_config(
         model=model,
         blocks=arguments.parse_blocks(blocks),
@@ -380,7 +422,56 @@ def run_command(
         ),
         public_name=public_name,
     )
-    return run.serve(config, json_lines=json_lines, exit_with_stdin=exit_with_stdin)
+    return run.serve(config, exposed, json_lines=json_lines, exit_with_stdin=exit_with_stdin)
+
+
+@app.command("api")
+def api_command(
+    *,
+    model: ModelOption = "demo",
+    address: Annotated[
+        str, typer.Option("--api", metavar="HOST:PORT", help="Where to listen.")
+    ] = DEFAULT_ADDRESS,
+    api_key: ApiKeyOption = None,
+    cors_origin: CorsOriginOption = None,
+    api_requests: ApiRequestsOption = ApiConfig.max_requests,
+    api_body: ApiBodyOption = ApiConfig.max_body_mib,
+    bootstrap: BootstrapOption = None,
+    mdns: MdnsOption = None,
+    swarm_key: SwarmKeyOption = None,
+    allow_peers: AllowPeersOption = None,
+    dtype: DtypeOption = "auto",
+    wire_dtype: WireDtypeOption = "auto",
+    device: DeviceOption = "auto",
+    patience: PatienceOption = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="Write events to standard output, one JSON a line.")
+    ] = False,
+    exit_with_stdin: EndWithStdinOption = False,
+    debug: DebugOption = False,
+) -> int:
+    """Serve an OpenAI-compatible API to a swarm's model, without serving blocks, until Ctrl-C."""
+    del debug
+    from . import arguments, originator, run
+
+    return run.serve(
+        originator.node_config(
+            model=model,
+            bootstrap=bootstrap,
+            mdns=mdns,
+            swarm_key=swarm_key,
+            allow_peers=allow_peers,
+            dtype=dtype,
+            wire_dtype=wire_dtype,
+            device=device,
+            patience=patience,
+        ),
+        arguments.api_config(
+            address, api_key, cors_origin, max_requests=api_requests, max_body_mib=api_body
+        ),
+        json_lines=json_lines,
+        exit_with_stdin=exit_with_stdin,
+    )
 
 
 @app.command("generate")

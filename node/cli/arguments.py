@@ -16,6 +16,7 @@ from typing import Any
 from ...protocol.admission import AdmissionLimits
 from ...protocol.errors import ConfigError
 from ...protocol.span import Span
+from ..api.config import ApiConfig, api_key_from_environment, parse_address
 from ..config import BOOTSTRAP_VARIABLE, bootstrap_from_environment
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{40,80}")
@@ -145,6 +146,28 @@ def admission_limits(**given: Any) -> AdmissionLimits:
     except ConfigError as error:
         field, _, rest = str(error).partition(":")
         raise ConfigError(f"--{field.replace('_', '-')}:{rest}") from error
+
+
+def api_config(
+    address: str,
+    key: str | None,
+    cors_origins: Sequence[str] | None,
+    *,
+    max_requests: int,
+    max_body_mib: int,
+) -> ApiConfig:
+    """Where the API is, and for whom."""
+    host, port = parse_address(address)
+    check_positive(max_requests, "--api-requests")
+    check_positive(max_body_mib, "--api-body")
+    return ApiConfig(
+        host=host,
+        port=port,
+        key=api_key_from_environment() if key is None else key,
+        cors_origins=tuple(cors_origins or ()),
+        max_requests=max_requests,
+        max_body_mib=max_body_mib,
+    )
 
 
 def split_evenly(num_blocks: int, num_nodes: int) -> list[Span]:

@@ -21,6 +21,7 @@ import trio
 from ...inference.sampling_params import SamplingParams
 from ...protocol.errors import NoRoute
 from ..config import NodeConfig
+from ..conversation import plain_turn
 from ..saved_session import SavedSession
 from . import failures, originator
 from .originator import note
@@ -102,7 +103,7 @@ class _Conversation:
             await self._go_on()
             if self._answer is not None or not line.strip():
                 continue
-            if not await self._take_turn(line + "\n"):
+            if not await self._take_turn(plain_turn(line)):
                 note("The conversation has no room left; start another, or one with --max-tokens.")
                 break
         if self._answer is not None:

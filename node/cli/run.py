@@ -1,6 +1,8 @@
-"""``petals-node run``: a node that serves until it is told to leave."""
+"""``petals-node run`` and ``api``: a node that serves until it is told to leave."""
 
+import contextlib
 import json
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from ...protocol.errors import ConfigError
 from ...protocol.span import Span
+from ..api.config import ApiConfig
+from ..api.listening import listen, url
 from ..config import NodeConfig
 from . import arguments, failures, leaving
 from .running import running_in
@@ -45,15 +50,22 @@ def node_config(
     return config
 
 
-def serve(config: NodeConfig, *, json_lines: bool, exit_with_stdin: bool) -> int:
-    """Serve until a signal says to leave."""
+def serve(
+    config: NodeConfig, api: ApiConfig | None = None, *, json_lines: bool, exit_with_stdin: bool
+) -> int:
+    """Serve blocks, an API, or both, until a signal says to leave."""
+    if api is not None and config.model is None:
+        raise ConfigError("--api: an API to which model? name it with --model")
     leaving.leave_at_signals_while_starting()
     if exit_with_stdin:
         leaving.leave_when_stdin_ends()
     report = _report_json if json_lines else _report_in_words
     try:
-        with running_in(config.data_dir):
-            trio.run(_serve, config, report)
+        with contextlib.ExitStack() as stack:
+            if config.serve:
+                stack.enter_context(running_in(config.data_dir))
+            exposed = None if api is None else (api, stack.enter_context(listen(api)))
+            trio.run(_serve, config, exposed, report)
     except* leaving.Leaving:
         report({"event": "leaving"})
     return failures.OK
@@ -62,7 +74,9 @@ def serve(config: NodeConfig, *, json_lines: bool, exit_with_stdin: bool) -> int
 Report = Callable[[dict[str, Any]], None]
 
 
-async def _serve(config: NodeConfig, report: Report) -> None:
+async def _serve(
+    config: NodeConfig, exposed: tuple[ApiConfig, socket.socket] | None, report: Report
+) -> None:
     serving = False
     leave = trio.Event()
 
@@ -82,11 +96,24 @@ async def _serve(config: NodeConfig, report: Report) -> None:
         from ..node import Node
 
         async with Node(config) as node, trio.open_nursery() as reporting:
-            report(serving_event(node))
             serving = True
-            reporting.start_soon(_report_reachability, node, report)
+            if config.serve:
+                report(serving_event(node))
+                reporting.start_soon(_report_reachability, node, report)
+            if exposed is not None:
+                reporting.start_soon(_serve_api, node, *exposed, report)
             await leave.wait()
             reporting.cancel_scope.cancel()
+
+
+async def _serve_api(
+    node: "Node", config: ApiConfig, listening: socket.socket, report: Report
+) -> None:
+    from ..api import server
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve, node, config, listening)
+        report({"event": "api", "url": url(listening), "model": node.model_name})
 
 
 async def _report_reachability(node: "Node", report: Report) -> None:
@@ -130,7 +157,7 @@ def _report_json(event: dict[str, Any]) -> None:
 
 def _report_in_words(event: dict[str, Any]) -> None:
     line = in_words(event)
-    if event["event"] == "serving":
+    if event["event"] in ("serving", "api"):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
     else:
@@ -144,6 +171,8 @@ def in_words(event: dict[str, Any]) -> str:
         case {"event": "serving", "blocks": [start, end], "model": model, "multiaddr": multiaddr}:
             at = multiaddr or "no address that others can dial yet"
             return f"Serving {model}, blocks {start}:{end}, at {at}"
+        case {"event": "api", "url": at, "model": model}:
+            return f"OpenAI-compatible API for {model} at {at}"
         case {"event": "reachability", "words": words}:
             return str(words)
         case {"event": "serving", "multiaddr": multiaddr}:

@@ -177,6 +177,10 @@ def test_misuse_and_nonsense_are_told() -> None:
         ("top_k", -1, "at least 0"),
         ("repetition_penalty", 0, "above 0 and at most 1000"),
         ("repetition_penalty", 1e9, "above 0 and at most 1000"),
+        ("frequency_penalty", 1001, "from -1000 to 1000"),
+        ("presence_penalty", "much", "finite number"),
+        ("logprobs", -1, "from 0 to 20"),
+        ("logprobs", 21, "from 0 to 20"),
         ("seed", -1, "from 0 to 9223372036854775807"),
         ("seed", 2**63, "from 0 to 9223372036854775807"),
         ("stop", "text", "tuple of non-empty strings"),
@@ -212,3 +216,47 @@ def test_whatever_is_allowed_gives_a_token(
 
 def test_a_list_of_stops_becomes_a_tuple() -> None:
     assert SamplingParams(stop=["a"]).stop == ("a",)  # type: ignore[arg-type]
+
+
+def test_frequency_and_presence_count_the_new_tokens_only() -> None:
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    params = SamplingParams(frequency_penalty=0.75, presence_penalty=0.5)
+    sampler = Sampler(params, [[0, 0, 0], [1, 1, 1]])
+    by_hand: list[list[int]] = []
+    counts = torch.zeros(2, 4)
+    for _ in range(8):
+        scores = logits - 0.75 * counts - 0.5 * (counts > 0)
+        tokens = scores.argmax(-1)
+        counts[torch.arange(2), tokens] += 1
+        by_hand.append(tokens.tolist())
+    assert [sampler.sample(logits) for _ in range(8)] == by_hand
+    assert len({tokens[0] for tokens in by_hand}) > 1
+
+
+def test_penalties_go_on_where_the_prompt_ended() -> None:
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    params = SamplingParams(frequency_penalty=0.75, presence_penalty=-0.5)
+    whole = Sampler(params, [[3, 3]])
+    tokens = [whole.sample(logits)[0] for _ in range(8)]
+    rest = Sampler(params, [[3, 3, *tokens[:4]]], begin=2)
+    assert [rest.sample(logits)[0] for _ in range(4)] == tokens[4:]
+
+
+def test_logprobs_are_those_of_the_model_itself() -> None:
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))
+    params = SamplingParams(logprobs=3, temperature=2.0, top_k=5, seed=1, presence_penalty=1.5)
+    sampler = Sampler(params, [[1], [2]])
+    own = torch.log_softmax(logits, dim=-1)
+    for _ in range(3):
+        tokens = sampler.sample(logits)
+        for row, (token, told) in enumerate(zip(tokens, sampler.logprobs, strict=True)):
+            assert told.logprob == own[row, token].item()
+            values, ids = own[row].topk(3)
+            assert told.top == tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, []), (0, [0]), (9, [4])])
+def test_logprobs_are_kept_as_asked_for(asked: int | None, told: list[int]) -> None:
+    sampler = Sampler(SamplingParams(logprobs=asked), [[1]])
+    sampler.sample(torch.zeros(1, 4))
+    assert [len(token.top) for token in sampler.logprobs] == told

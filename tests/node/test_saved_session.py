@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from petals.inference.sampling_params import SamplerState, SamplingParams
-from petals.node.saved_session import SavedSession, Writing, decode, encode, load, save
+from petals.node.saved_session import (
+    VERSION,
+    SavedSession,
+    Writing,
+    decode,
+    encode,
+    load,
+    save,
+)
 from petals.protocol.checks import MAX_BATCH
 from petals.protocol.errors import ConfigError
 from petals.protocol.tensor import DType
@@ -152,19 +160,20 @@ def test_a_forged_file_is_told_what_is_wrong_with_it(
 )
 def test_a_header_that_is_none(header: bytes) -> None:
     with pytest.raises(ConfigError, match="damaged"):
-        decode(sealed(PREFIX.pack(b"petals-session", 1, len(header)) + header))
+        decode(sealed(PREFIX.pack(b"petals-session", VERSION, len(header)) + header))
 
 
 def test_a_header_longer_than_the_file() -> None:
     with pytest.raises(ConfigError, match="its header has 500 bytes"):
-        decode(sealed(PREFIX.pack(b"petals-session", 1, 500) + b"\x80"))
+        decode(sealed(PREFIX.pack(b"petals-session", VERSION, 500) + b"\x80"))
 
 
 def test_a_file_of_a_later_version() -> None:
     with pytest.raises(
-        ConfigError, match="format 2, and this version of petals-node reads format 1"
+        ConfigError,
+        match=f"format {VERSION + 1}, and this version of petals-node reads format {VERSION}",
     ):
-        decode(sealed(PREFIX.pack(b"petals-session", 2, 0)))
+        decode(sealed(PREFIX.pack(b"petals-session", VERSION + 1, 0)))
 
 
 @given(st.data())
@@ -180,7 +189,8 @@ def test_whatever_is_cut_or_changed_is_noticed(data: st.DataObject) -> None:
 
 
 @given(
-    st.binary() | st.binary().map(lambda rest: sealed(PREFIX.pack(b"petals-session", 1, 9) + rest))
+    st.binary()
+    | st.binary().map(lambda rest: sealed(PREFIX.pack(b"petals-session", VERSION, 9) + rest))
 )
 def test_any_bytes_are_a_session_or_a_config_error(data: bytes) -> None:
     with pytest.raises(ConfigError):
