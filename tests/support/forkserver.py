@@ -30,6 +30,7 @@ def main() -> None:
     requests = socket.socket(fileno=os.dup(0))
     import bitsandbytes  # noqa: F401
     from petals.node import node, originate, relay, serving  # noqa: F401
+    from petals.node.api import server  # noqa: F401
     from petals.node.cli import app  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM  # noqa: F401
 
