@@ -77,7 +77,7 @@ def test_a_port_in_use_is_told() -> None:
 
 
 def test_a_name_that_nobody_has() -> None:
-    with pytest.raises(ConfigError, match="cannot listen on nowhere.invalid"):
+    with pytest.raises(ConfigError, match=r"cannot listen on nowhere\.invalid"):
         listen(ApiConfig(host="nowhere.invalid", key="secret"))
 
 

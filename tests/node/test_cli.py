@@ -16,6 +16,7 @@ PEER = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWRqgvzVyfTYV6hvYWYsLnrvYi7NJwFoGkHQY1Eps
 def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PETALS_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.delenv("PETALS_BOOTSTRAP", raising=False)
+    monkeypatch.delenv("PETALS_API_KEY", raising=False)
     monkeypatch.setenv("PETALS_DEBUG", "0")
 
 
@@ -36,6 +37,10 @@ def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "--peer-cache-share", "2"], "--peer-cache-share: must be above 0 and at most 1"),
         (["run", "--dtype", "float8"], "float8"),
         (["run", "--public-name", "a\nb"], "public_name"),
+        (["run", "--api", "127.0.0.1:0"], "--api: an API to which model"),
+        (["run", "--model", "demo", "--api", "8080"], "--api: '8080' is no address"),
+        (["run", "--model", "demo", "--api", "0.0.0.0:80"], "so a key is needed"),
+        (["run", "--model", "demo", "--api", "a:1", "--api-body", "0"], "--api-body: 0 is too few"),
         (["run", "--listen", "0.0.0.0:31330"], "--listen: '0.0.0.0:31330' is not a multiaddr"),
         (["run", "--bootstrap", "somewhere"], "--bootstrap: 'somewhere' is not a multiaddr"),
         (["run", "--data-dir", "/dev/null"], "data directory /dev/null"),

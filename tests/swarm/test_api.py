@@ -351,7 +351,7 @@ async def test_what_cannot_be_is_told(served: Served, name: str, stream: bool) -
 @pytest.mark.slow
 async def test_a_wrong_key(served: Served) -> None:
     for ask in (
-        lambda: served.client(api_key="another").models.list(),
+        served.client(api_key="another").models.list,
         lambda: served.client(api_key="another").completions.create(model="m", prompt="p"),
     ):
         with pytest.raises(openai.AuthenticationError) as caught:
