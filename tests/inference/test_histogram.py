@@ -11,5 +11,5 @@ def test_values_are_counted_by_their_bounds() -> None:
         histogram.observe(value)
     figures = histogram.figures()
     assert figures.meaning == "sizes"
-    assert figures.buckets == ((1, 2), (2, 4), (4, 5), (math.inf, 6))
+    assert list(figures.buckets) == [(1, 2), (2, 4), (4, 5), (math.inf, 6)]
     assert figures.total == 16.5

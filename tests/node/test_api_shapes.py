@@ -3,7 +3,7 @@
 import dataclasses
 
 from petals.inference.sampling_params import TokenLogprobs
-from petals.node.api.shapes import ChatShape, CompletionShape, Reader, usage
+from petals.node.api.shapes import ChatShape, CompletionShape, Reader, ShownToken, usage
 from petals.node.originate import Generation
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -20,10 +20,11 @@ def test_pieces_and_their_tokens_add_up() -> None:
     text = "hello 漢, in"
     ids = TOKENIZER(text)["input_ids"]
     reader = Reader(0, TOKENIZER, logprobs=True)
-    texts, tokens = [], []
+    texts: list[str] = []
+    tokens: list[ShownToken] = []
     for count in range(1, len(ids) + 1):
         # as the node gives it: no more than what is certain
-        certain = TOKENIZER.decode(ids[:count]).rstrip("\N{REPLACEMENT CHARACTER}")
+        certain = str(TOKENIZER.decode(ids[:count])).rstrip("\N{REPLACEMENT CHARACTER}")
         piece = reader.read(grown(certain, ids[:count]))
         texts.append(piece.text)
         tokens += piece.tokens or ()

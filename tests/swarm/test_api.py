@@ -432,7 +432,8 @@ async def test_web_pages_may_ask_only_where_they_are_named(served: Served) -> No
             "Access-Control-Request-Headers": "authorization,content-type",
         }
         response = raw(url + "/completions", method="OPTIONS", headers=headers)
-        return response.headers.get("access-control-allow-origin")
+        told: str | None = response.headers.get("access-control-allow-origin")
+        return told
 
     for url, origin, told in [
         (served.url, "https://page.example", "https://page.example"),
