@@ -591,11 +591,10 @@ class GenerationHandle:
 
     async def run(self) -> None:
         """Do it; a task of whoever submitted it. Never raises but for being cancelled."""
-        with self._scope:
-            try:
-                await self._run()
-            except PetalsError as error:
-                self._error = error
+        try:
+            await self._run()
+        except PetalsError as error:
+            self._error = error
         self._look_at_ring()
         if self._error is not None:
             self._end(GenerationState.FAILED)
@@ -611,8 +610,10 @@ class GenerationHandle:
             self._session = session
             try:
                 self._state = GenerationState.ROUTING
-                async with keep_saved(session, self._save_to):
-                    await session.go_on(self._take)
+                # Only the text is cancelled: the ring's own tasks tell its hops that it is over.
+                with self._scope:
+                    async with keep_saved(session, self._save_to):
+                        await session.go_on(self._take)
             finally:
                 self._look_at_ring()
 
