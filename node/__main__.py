@@ -12,10 +12,8 @@ def main() -> None:
     from .environment import prepare_to_compute
 
     prepare_to_compute(restart=sys.argv[1:2] == ["run"])
-    from .cli import failures, logs
     from .cli.app import run_command_line
 
-    logs.set_up(everything=failures.debugging())
     sys.exit(run_command_line(sys.argv[1:]))
 
 

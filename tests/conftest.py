@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Nor what a developer has set for the program that is tested.
+os.environ["PETALS_CONFIG"] = os.devnull
+
 # Timing on a shared machine says nothing, so no deadlines; in CI the same examples every time.
 settings.register_profile(
     "dev", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=100

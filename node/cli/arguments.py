@@ -16,8 +16,8 @@ from typing import Any
 from ...protocol.admission import AdmissionLimits
 from ...protocol.errors import ConfigError
 from ...protocol.span import Span
-from ..api.config import ApiConfig, api_key_from_environment, parse_address
-from ..config import BOOTSTRAP_VARIABLE, bootstrap_from_environment
+from ..api.config import ApiConfig, parse_address
+from ..config import BOOTSTRAP_VARIABLE
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{40,80}")
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
@@ -89,9 +89,8 @@ def _check_host_and_port(text: str, parts: Sequence[str], option: str, pattern: 
 
 
 def bootstrap_peers(given: Sequence[str] | None) -> tuple[str, ...]:
-    """The bootstrap peers of the command line, or else of the environment; maybe none."""
-    chosen = given or bootstrap_from_environment()
-    return tuple(check_peer_multiaddr(text) for text in chosen)
+    """The bootstrap peers that are named; maybe none."""
+    return tuple(check_peer_multiaddr(text) for text in given or ())
 
 
 def some_bootstrap_peers(given: Sequence[str] | None) -> tuple[str, ...]:
@@ -163,7 +162,7 @@ def api_config(
     return ApiConfig(
         host=host,
         port=port,
-        key=api_key_from_environment() if key is None else key,
+        key=key,
         cors_origins=tuple(cors_origins or ()),
         max_requests=max_requests,
         max_body_mib=max_body_mib,

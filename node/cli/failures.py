@@ -37,6 +37,11 @@ def debugging() -> bool:
     return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
+def debug() -> None:
+    """Want them, in this process and in those that it starts."""
+    os.environ[DEBUG_VARIABLE] = "1"
+
+
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit code and the line for ``error``, which may be a group of errors.
 

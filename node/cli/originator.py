@@ -16,7 +16,7 @@ import trio
 from ...inference.sampling_params import SamplingParams
 from ...protocol.errors import ConfigError
 from .. import saved_session
-from ..config import DEFAULT_PATIENCE, NodeConfig, swarm_key_from_environment
+from ..config import DEFAULT_PATIENCE, NodeConfig
 from ..saved_session import SavedSession
 from ..wakeup import open_flat_nursery
 from . import arguments
@@ -49,7 +49,7 @@ def node_config(
             bootstrap
         ),
         mdns=mdns,
-        swarm_key=swarm_key or swarm_key_from_environment(),
+        swarm_key=swarm_key,
         allow_peers=allow_peers,
         dtype=dtype,
         wire_dtype=wire_dtype,

@@ -19,6 +19,7 @@ import trio
 
 from ...protocol.errors import PetalsError
 from . import failures
+from .command import PREFIX
 
 _GRACE = 6.0
 """Seconds that a child has to leave: a node takes 5 at most."""
@@ -107,6 +108,15 @@ class Child:
             await self._process.wait()
 
 
+def _environment() -> dict[str, str]:
+    """Ours, but for the settings of our user: a child is told everything that it needs."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    debug = os.environ.get(failures.DEBUG_VARIABLE)
+    return (
+        kept | {f"{PREFIX}CONFIG": os.devnull} | ({failures.DEBUG_VARIABLE: debug} if debug else {})
+    )
+
+
 @asynccontextmanager
 async def child(
     name: str, arguments: Sequence[str], environment: Mapping[str, str]
@@ -118,7 +128,7 @@ async def child(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, **environment},
+            env={**_environment(), **environment},
             start_new_session=True,
         )
         running = Child(name, process)

@@ -1,13 +1,15 @@
 """The command line in one process: exit codes, and words instead of tracebacks."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from petals.node.cli import run
-from petals.node.cli.app import run_command_line
+from petals.node.cli.app import PANELS, app, run_command_line
+from typer.main import get_command
 
 PEER = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWRqgvzVyfTYV6hvYWYsLnrvYi7NJwFoGkHQY1EpsYUhsN"
 
@@ -94,13 +96,55 @@ def test_debug_shows_the_traceback_as_well(capsys: pytest.CaptureFixture[str]) -
     assert shown.splitlines()[-1].startswith("petals-node: --blocks")
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["generate"], ["chat"], ["status"], ["demo"]])
-def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
-    assert run_command_line([*command, "--help"]) == 0
+COMMANDS = [
+    command.name for panel, commands in PANELS.items() for command in commands if panel is not None
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_a_command(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert run_command_line([command, "--help"]) == 0
     shown = capsys.readouterr()
-    assert shown.out.startswith("Usage: petals-node")
+    assert f"Usage: petals-node {command}" in shown.out
+    _, _, examples = shown.out.partition("Examples")
+    assert f"petals-node {command}" in examples
+    assert "--log-level" in shown.out
     assert "exit-with-stdin" not in shown.out
+    assert "\x1b" not in shown.out, "colours, where no terminal is"
     assert not shown.err
+
+
+def test_help_tells_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command_line(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"│ {command} " in shown for command in COMMANDS)
+    assert "PETALS_NUM_BLOCKS" in shown
+    assert "reference" not in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They name no option that is not there, as examples do that outlive what they show."""
+    monkeypatch.setenv("PETALS_BOOTSTRAP", PEER)
+    group = get_command(app)
+    (declared,) = [one for some in PANELS.values() for one in some if one.name == command]
+    for _, *lines in declared.examples:
+        typed = " ".join(lines).replace("\\ ", "").partition(" | jq")[0]
+        typed = typed.replace("$PEER", PEER)
+        for line in typed.split("petals-node ")[1:]:
+            group.make_context("petals-node", shlex.split(line.partition(" petals-node")[0]))
+
+
+def test_asking_for_help_imports_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-X", "importtime", "-m", "petals.node", "run", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "trio", "libp2p", "huggingface_hub", "numpy"}
 
 
 def test_no_command_is_a_call_for_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,17 +82,12 @@ def test_malformed_listen_addresses(text: str) -> None:
         arguments.listen_addresses([text])
 
 
-def test_bootstrap_peers_come_from_the_environment_when_none_are_given(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_bootstrap_peers() -> None:
     one, two = f"/ip4/10.0.0.1/tcp/1/p2p/{PEER}", f"/ip4/10.0.0.2/tcp/2/p2p/{PEER}"
-    monkeypatch.delenv("PETALS_BOOTSTRAP", raising=False)
-    assert arguments.bootstrap_peers([]) == ()
+    assert arguments.bootstrap_peers(None) == ()
+    assert arguments.some_bootstrap_peers([one, two]) == (one, two)
     with pytest.raises(ConfigError, match=r"--bootstrap .* PETALS_BOOTSTRAP"):
         arguments.some_bootstrap_peers(None)
-    monkeypatch.setenv("PETALS_BOOTSTRAP", f" {one}  {two} ")
-    assert arguments.some_bootstrap_peers(None) == (one, two)
-    assert arguments.some_bootstrap_peers([two]) == (two,)
 
 
 def test_blocks() -> None:

@@ -44,7 +44,7 @@ def environment(**changes: str) -> dict[str, str]:
     """The environment of a child: ours, without what a developer may have set for the program."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith("PETALS_")
-    }
+    } | {"PETALS_CONFIG": os.devnull}
     return {**inherited, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", **changes}
 
 

@@ -1,0 +1,328 @@
+"""The commands of those who give a machine: run, drain and swarm-key.
+
+Rules of this file: as in ``app.py``, it only declares.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...protocol.admission import AdmissionLimits
+from ..api.config import ApiConfig
+from ..config import QUANTIZATIONS
+from ..reachability import REACHABILITIES
+from . import failures, options
+from .command import command
+
+BLOCKS = "What to serve"
+REACHED = "How others reach this node"
+LIMITS = "What others may have of this node"
+
+
+@command(
+    "run",
+    examples=[
+        (
+            "Begin a swarm: a peer through which others join",
+            "petals-node run --listen /ip4/0.0.0.0/tcp/31330",
+        ),
+        (
+            "Serve as many blocks of a model as fit, where the swarm is weakest",
+            "petals-node run --model bigscience/bloom-560m --bootstrap $PEER",
+        ),
+        ("A swarm of the local network, without a bootstrap peer", "petals-node run --model demo"),
+        (
+            "These blocks and no others, rounded to 8 bits",
+            "petals-node run --model demo --blocks 0:4 --quantization int8",
+        ),
+        (
+            "Serve blocks, and an OpenAI-compatible API for the whole model",
+            "petals-node run --model demo --bootstrap $PEER --api 127.0.0.1:8080",
+        ),
+        (
+            "A port that the router forwards to this machine",
+            "petals-node run --listen /ip4/0.0.0.0/tcp/31330 \\\\",
+            "    --announce /ip4/203.0.113.9/tcp/31330 --reachability public",
+        ),
+    ],
+)
+def run_command(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="What to serve: demo, a folder, or a Hugging Face hub id. Without it the node "
+            "is a bootstrap peer.",
+            rich_help_panel=BLOCKS,
+        ),
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            "--blocks",
+            metavar="START:END",
+            help="Serve the blocks START, …, END - 1.",
+            rich_help_panel=BLOCKS,
+        ),
+    ] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            "--num-blocks",
+            metavar="N",
+            help="Serve N blocks, where the swarm is weakest. Without this and --blocks: as many "
+            "as fit the free memory.",
+            rich_help_panel=BLOCKS,
+        ),
+    ] = None,
+    throughput: Annotated[
+        float | None,
+        typer.Option(
+            "--throughput",
+            metavar="N",
+            help="Count as N tokens per second through one block, instead of what was measured.",
+            rich_help_panel=BLOCKS,
+        ),
+    ] = None,
+    public_name: Annotated[
+        str | None,
+        typer.Option(
+            "--public-name",
+            metavar="NAME",
+            help="What the swarm's status calls you.",
+            rich_help_panel=BLOCKS,
+        ),
+    ] = None,
+    bootstrap: options.BootstrapOption = None,
+    mdns: options.MdnsOption = None,
+    swarm_key: options.SwarmKeyOption = None,
+    allow_peers: options.AllowPeersOption = None,
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--listen",
+            metavar="MULTIADDR",
+            help="Listen here, for example /ip4/0.0.0.0/tcp/31330. May be repeated.",
+            rich_help_panel=REACHED,
+        ),
+    ] = None,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--announce",
+            metavar="MULTIADDR",
+            help="Tell others to dial this address instead of those listened on, for example that "
+            "of a forwarded port. May be repeated.",
+            rich_help_panel=REACHED,
+        ),
+    ] = None,
+    reachability: Annotated[
+        str,
+        typer.Option(
+            "--reachability",
+            metavar="MODE",
+            help="auto (find out), public (others can dial this node), or private (they cannot: be "
+            "reached through relays).",
+            rich_help_panel=REACHED,
+            autocompletion=lambda: list(REACHABILITIES),
+        ),
+    ] = "auto",
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            "--identity",
+            metavar="FILE",
+            help="The node's private key; made if not there.",
+            rich_help_panel=options.FILES,
+        ),
+    ] = None,
+    data_dir: options.DataDirOption = None,
+    dtype: options.DtypeOption = "auto",
+    quantization: Annotated[
+        str,
+        typer.Option(
+            "--quantization",
+            metavar="MODE",
+            help="none, int8 or nf4: round the blocks' weights to 8 or 4 bits, to hold more.",
+            rich_help_panel=options.COMPUTING,
+            autocompletion=lambda: list(QUANTIZATIONS),
+        ),
+    ] = "none",
+    device: options.DeviceOption = "auto",
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--cache-tokens",
+            metavar="N",
+            help="Keep at most so many tokens of all sessions together.",
+            rich_help_panel=options.COMPUTING,
+        ),
+    ] = None,
+    max_sessions: Annotated[
+        int,
+        typer.Option(
+            "--max-sessions",
+            metavar="N",
+            help="Sessions in all.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = AdmissionLimits.max_sessions,
+    peer_sessions: Annotated[
+        int,
+        typer.Option(
+            "--peer-sessions",
+            metavar="N",
+            help="Sessions of one peer.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = AdmissionLimits.peer_sessions,
+    peer_cache_share: Annotated[
+        float,
+        typer.Option(
+            "--peer-cache-share",
+            metavar="X",
+            help="Share of the KV cache that one peer's sessions may reserve together, from 0 to 1.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = AdmissionLimits.peer_cache_share,
+    peer_backlog: Annotated[
+        int,
+        typer.Option(
+            "--peer-backlog",
+            metavar="MIB",
+            help="MiB of one peer's hidden states that wait to be computed.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = AdmissionLimits.peer_backlog,
+    max_connections: Annotated[
+        int,
+        typer.Option(
+            "--max-connections",
+            metavar="N",
+            help="Connections in all.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = AdmissionLimits.max_connections,
+    peer_connections: Annotated[
+        int,
+        typer.Option(
+            "--peer-connections",
+            metavar="N",
+            help="Connections of one peer.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = AdmissionLimits.peer_connections,
+    peer_streams: Annotated[
+        int,
+        typer.Option(
+            "--peer-streams",
+            metavar="N",
+            help="Open streams of one peer.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = AdmissionLimits.peer_streams,
+    peer_opens: Annotated[
+        float,
+        typer.Option(
+            "--peer-opens",
+            metavar="N",
+            help="Streams that one peer may open in a second, for long.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = AdmissionLimits.peer_opens,
+    api: Annotated[
+        str | None,
+        typer.Option(
+            "--api",
+            metavar="HOST:PORT",
+            help="Serve an OpenAI-compatible API here, too, for example at 127.0.0.1:8080.",
+            rich_help_panel=options.API,
+        ),
+    ] = None,
+    api_key: options.ApiKeyOption = None,
+    cors_origin: options.CorsOriginOption = None,
+    api_requests: options.ApiRequestsOption = ApiConfig.max_requests,
+    api_body: options.ApiBodyOption = ApiConfig.max_body_mib,
+    json_lines: options.EventsOption = False,
+    exit_with_stdin: options.EndWithStdinOption = False,
+) -> int:
+    """Serve a part of a model to the swarm, or be a bootstrap peer, until Ctrl-C."""
+    from . import arguments, run
+
+    exposed = None
+    if api is not None:
+        exposed = arguments.api_config(
+            api, api_key, cors_origin, max_requests=api_requests, max_body_mib=api_body
+        )
+    config = run.node_config(
+        model=model,
+        blocks=arguments.parse_blocks(blocks),
+        num_blocks=arguments.check_positive(num_blocks, "--num-blocks"),
+        throughput=throughput,
+        bootstrap=arguments.bootstrap_peers(bootstrap),
+        mdns=mdns,
+        swarm_key=swarm_key,
+        allow_peers=allow_peers,
+        listen=arguments.listen_addresses(listen),
+        announce=arguments.announced_addresses(announce),
+        reachability=reachability,
+        identity=identity,
+        data_dir=data_dir,
+        dtype=dtype,
+        quantization=quantization,
+        device=device,
+        cache_tokens=arguments.check_positive(cache_tokens, "--cache-tokens"),
+        limits=arguments.admission_limits(
+            max_sessions=max_sessions,
+            peer_sessions=peer_sessions,
+            peer_cache_share=peer_cache_share,
+            peer_backlog=peer_backlog,
+            max_connections=max_connections,
+            peer_connections=peer_connections,
+            peer_streams=peer_streams,
+            peer_opens=peer_opens,
+        ),
+        public_name=public_name,
+    )
+    return run.serve(config, exposed, json_lines=json_lines, exit_with_stdin=exit_with_stdin)
+
+
+@command(
+    "drain",
+    examples=[
+        ("End the node that was started here", "petals-node drain"),
+        (
+            "End one that has a data directory of its own",
+            "petals-node drain --data-dir /var/lib/petals-node",
+        ),
+    ],
+)
+def drain_command(*, data_dir: options.DataDirOption = None) -> int:
+    """Let the node that runs here hand its sessions over to others, and leave the swarm."""
+    from . import drain
+
+    return drain.drain(data_dir)
+
+
+@command(
+    "swarm-key",
+    examples=[
+        (
+            "Make a key, and a swarm that only those can join who have it",
+            "petals-node swarm-key swarm.key",
+            "petals-node run --swarm-key swarm.key --listen /ip4/0.0.0.0/tcp/31330",
+        ),
+    ],
+)
+def swarm_key_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")],
+) -> int:
+    """Make the key of a private swarm, for all of its nodes to share (--swarm-key)."""
+    from .. import private
+
+    private.make_swarm_key(file)
+    typer.echo(f"Wrote {file}: give it to those whom you trust, over a safe way, and no one else.")
+    return failures.OK

@@ -1,0 +1,232 @@
+"""The options that more than one command has, and the panels that a command's help shows them in."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import DTYPES, WIRE_DTYPES
+
+MODEL = "The model"
+SWARM = "The swarm"
+TEXT = "The text"
+COMPUTING = "How to compute"
+FILES = "Files"
+OUTPUT = "Output"
+API = "The HTTP API"
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="demo (the small model that is built in), a folder, or a Hugging Face hub id.",
+        rich_help_panel=MODEL,
+    ),
+]
+BootstrapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bootstrap",
+        metavar="MULTIADDR",
+        help="A peer of the swarm: /ip4/ADDRESS/tcp/PORT/p2p/PEER_ID. May be repeated.",
+        rich_help_panel=SWARM,
+    ),
+]
+MdnsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--mdns/--no-mdns",
+        help="Look for peers on the local network, and be found there. Default: if no bootstrap "
+        "peer is named.",
+        rich_help_panel=SWARM,
+    ),
+]
+SwarmKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--swarm-key",
+        metavar="FILE",
+        help="The key that all nodes of a private swarm share; `petals-node swarm-key` makes one.",
+        rich_help_panel=SWARM,
+    ),
+]
+AllowPeersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--allow-peers",
+        metavar="FILE",
+        help="Have to do only with the peers in this file, one peer id a line.",
+        rich_help_panel=SWARM,
+    ),
+]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        help="Where the node's key and state live. Default: in the user's data directory.",
+        rich_help_panel=FILES,
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="auto, float32, bfloat16 or float16, for computing.",
+        autocompletion=lambda: list(DTYPES),
+        rich_help_panel=COMPUTING,
+    ),
+]
+WireDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--wire-dtype",
+        metavar="TYPE",
+        help="auto, float32 (exact), bfloat16, float16 or int8, for what travels between peers.",
+        autocompletion=lambda: list(WIRE_DTYPES),
+        rich_help_panel=COMPUTING,
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto, cpu, cuda or cuda:N.",
+        autocompletion=lambda: ["auto", "cpu", "cuda"],
+        rich_help_panel=COMPUTING,
+    ),
+]
+OriginatedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="demo (the small model that is built in), a folder, or a Hugging Face hub id. "
+        "Default: demo, or the one of the text to resume.",
+        rich_help_panel=MODEL,
+    ),
+]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="FILE",
+        help="Go on from this file, if it is there, and keep it up to date.",
+        rich_help_panel=FILES,
+    ),
+]
+PatienceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--patience",
+        metavar="SECONDS",
+        help="Wait so long while nobody can serve some blocks. Default: 120.",
+        rich_help_panel=SWARM,
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Write JSON to standard output.", rich_help_panel=OUTPUT)
+]
+MaxNewTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens", metavar="N", help="Stop after so many tokens.", rich_help_panel=TEXT
+    ),
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        metavar="T",
+        help="0: always the likeliest token. Above: the higher, the bolder.",
+        rich_help_panel=TEXT,
+    ),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="P",
+        help="Sample from the likeliest tokens that have probability P together.",
+        rich_help_panel=TEXT,
+    ),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k", metavar="K", help="Sample from the K likeliest tokens.", rich_help_panel=TEXT
+    ),
+]
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="X",
+        help="Above 1: tokens that were there already become less likely.",
+        rich_help_panel=TEXT,
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", metavar="N", help="The same seed gives the same text.", rich_help_panel=TEXT
+    ),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        metavar="TEXT",
+        help="Stop before this text. May be repeated.",
+        rich_help_panel=TEXT,
+    ),
+]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        help="What clients of the API have to know. In the environment or in the file of settings, "
+        "other users of this machine cannot see it.",
+        rich_help_panel=API,
+    ),
+]
+CorsOriginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cors-origin",
+        metavar="ORIGIN",
+        help="Let web pages from here use the API: https://HOST, or * for all. May be repeated.",
+        rich_help_panel=API,
+    ),
+]
+ApiRequestsOption = Annotated[
+    int,
+    typer.Option(
+        "--api-requests",
+        metavar="N",
+        help="Requests to the API at the same time.",
+        rich_help_panel=API,
+    ),
+]
+ApiBodyOption = Annotated[
+    int,
+    typer.Option(
+        "--api-body", metavar="MIB", help="MiB of one request to the API.", rich_help_panel=API
+    ),
+]
+EventsOption = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Write events to standard output, one JSON a line.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+EndWithStdinOption = Annotated[
+    bool,
+    typer.Option("--exit-with-stdin", hidden=True, help="Leave when standard input ends."),
+]
