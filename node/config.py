@@ -65,6 +65,10 @@ class NodeConfig:
     reachability: str = "auto"
     """Whether others can dial this node: ``public``, ``private`` (it is reached through relays), or
     ``auto`` to find out."""
+    upnp: bool = True
+    """Whether to ask the router to forward the port (UPnP), if it is to be found out whether others
+    can dial this node, they are not told other addresses (``announce``), and ``listen`` is not on
+    loopback only."""
     mdns: bool | None = None
     """Whether to look for peers, and be found, on the local network. None: if no bootstrap peer is
     named, and others than this machine can dial the addresses of ``listen``."""

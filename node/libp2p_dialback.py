@@ -60,8 +60,13 @@ class DialBack:
         self._dialling = 0
         self._asked_at: dict[ID, float] = {}
 
-    async def ask(self, connection: SwarmConn, addresses: Sequence[Multiaddr]) -> bool | None:
-        """Whether a connected peer can dial us at any of ``addresses``; None if it cannot say."""
+    async def ask(
+        self, connection: SwarmConn, addresses: Sequence[Multiaddr]
+    ) -> list[Multiaddr] | None:
+        """At which of ``addresses`` a connected peer has dialled us; None if it cannot say.
+
+        It stops at the first one that leads to us.
+        """
         question = Message(
             type=Message.DIAL,
             dial=Message.Dial(
@@ -84,10 +89,12 @@ class DialBack:
         finally:
             if stream is not None:
                 stream.close_now()
-        status = answer.dialResponse.status
-        if answer.type != Message.DIAL_RESPONSE or status not in (Message.OK, Message.E_DIAL_ERROR):
-            return None
-        return status == Message.OK
+        told = answer.dialResponse
+        if answer.type == Message.DIAL_RESPONSE and told.status == Message.E_DIAL_ERROR:
+            return []
+        if answer.type == Message.DIAL_RESPONSE and told.status == Message.OK:
+            return [each for each in addresses if each.to_bytes() == told.addr] or None
+        return None
 
     async def answer(self, net_stream: INetStream) -> None:
         """Dial back the peer that asks, and tell it what came of it."""

@@ -60,6 +60,7 @@ from .mdns import LanPeers
 from .network import NetworkStatistics, Stream, StreamHandler
 from .private import Privacy
 from .reachability import Reachability
+from .upnp.forwarding import ForwardingLimits
 from .wakeup import Signal
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class NetworkLimits:
     relay: RelayLimits = field(default_factory=RelayLimits)
     circuits: CircuitLimits = field(default_factory=CircuitLimits)
     dial_back: DialBackLimits = field(default_factory=DialBackLimits)
+    forwarding: ForwardingLimits = field(default_factory=ForwardingLimits)
     settle_seconds: float = 12.0
     """How long a node that joins waits to know how it is reached, before it tells others."""
     lan_seconds: float = 4.0
@@ -146,6 +148,7 @@ class Libp2pNetwork:
         merge: MergeEntries,
         serve: bool,
         reachability: str,
+        upnp: bool,
         privacy: Privacy,
         mdns: bool,
         clock: Callable[[], float],
@@ -189,6 +192,7 @@ class Libp2pNetwork:
             relay_limits=limits.relay,
             circuit_limits=limits.circuits,
             dial_back_limits=limits.dial_back,
+            forwarding_limits=limits.forwarding if upnp and not announce else None,
             punched=self._puncher.punched,
         )
         self._host.addresses = self._reachability.addresses
@@ -473,16 +477,19 @@ async def open_network(
     announce: Sequence[str] = (),
     bootstrap: Sequence[str] = (),
     reachability: str = "public",
+    upnp: bool = False,
     privacy: Privacy | None = None,
     mdns: bool = False,
     limits: NetworkLimits | None = None,
 ) -> AsyncIterator[Libp2pNetwork]:
-    """The network while the block runs; leaving it closes everything within two seconds.
+    """The network while the block runs; leaving it closes everything within three seconds.
 
     With nothing to listen on it is a client: it dials, but holds nothing for others. ``clock`` is
     the wall clock in unix seconds, which entries expire by. ``announce`` replaces the addresses
     that others are told (for a forwarded port, say). ``reachability``: whether others can dial us,
-    ``public`` or ``private``, or ``auto`` to find out. ``privacy``: who may take part. ``mdns``: look for peers on this network, too. Raises ConfigError for an address that cannot
+    ``public`` or ``private``, or ``auto`` to find out. ``upnp``: ask the router to forward our port, if
+    we are to find out and announce nothing else. ``privacy``: who may take part. ``mdns``: look for
+    peers on this network, too. Raises ConfigError for an address that cannot
     be right or cannot be bound, PeerError if ``bootstrap`` names others and none can be reached.
     """
     listen_addresses = [parse_listen_multiaddr(text) for text in listen]
@@ -499,6 +506,7 @@ async def open_network(
             merge=merge,
             serve=bool(listen),
             reachability=reachability,
+            upnp=upnp,
             privacy=privacy or Privacy(),
             mdns=mdns,
             clock=clock,

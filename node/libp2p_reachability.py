@@ -1,29 +1,33 @@
 """Finding out whether others can dial this node, and being reached through relays if they cannot.
 
-Whoever has dialled us can; who was dialled by us is asked to dial back (``libp2p_dialback``). The
-answers are judged by ``reachability.verdict``. A node that nobody can dial reserves places at
-relays (``libp2p_circuits``), stops relaying and holding the directory for others, and announces
+The router, if there is one, is asked to forward our port (``upnp``). Whoever has dialled us can; who
+was dialled by us is asked to dial back (``libp2p_dialback``). The answers are judged by
+``reachability.verdict``. A node that nobody can dial reserves places at relays (``libp2p_circuits``), stops relaying and holding the directory for others, and announces
 circuit addresses only; one that can be dialled relays for others (``libp2p_relay``).
 
-Rules of this file: what the user insists on is never doubted; a node that was reachable must be
+Rules of this file: what the user insists on is never doubted, and no router is asked then; an address
+that a router gives us is told to others when a peer has reached us there, or while no peer beyond the
+router can say; a node that was reachable must be
 found unreachable twice before it changes its addresses; ``news`` tells whenever something that
 others should know has changed.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from ipaddress import ip_address
 
 import trio
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from .libp2p_addresses import interface_hosts
+from .libp2p_addresses import announced_addresses, interface_hosts, is_loopback
 from .libp2p_circuits import CircuitLimits, CircuitTransport, Reservations
 from .libp2p_dialback import AUTONAT, DialBack, DialBackLimits, host_of
 from .libp2p_guards import GuardedHost, GuardedSwarm, yamux_of
 from .libp2p_relay import HOP, STOP, CircuitRelay, RelayLimits
 from .reachability import Reach, Reachability, Vote, verdict
+from .upnp.forwarding import ForwardingLimits, PortForwarding
 from .wakeup import Signal
 
 logger = logging.getLogger(__name__)
@@ -51,11 +55,13 @@ class ReachabilityKeeper:
         relay_limits: RelayLimits,
         circuit_limits: CircuitLimits,
         dial_back_limits: DialBackLimits,
+        forwarding_limits: ForwardingLimits | None,
         punched: Callable[[ID], bool],
     ) -> None:
         """``relays`` are tried before others; who was ``punched`` to says nothing about us.
 
-        ``wanted``: what the user insists on, or ``auto``; ``bound``: what our sockets listen on;
+        ``forwarding_limits``: None if no router is to be asked to forward our port; ``wanted``: what
+        the user insists on, or ``auto``; ``bound``: what our sockets listen on;
         ``direct``: what others are told when they can dial us.
         """
         self._host = host
@@ -68,6 +74,11 @@ class ReachabilityKeeper:
         self._reach = Reach.UNKNOWN if wanted == "auto" else Reach(wanted)
         self._outside: dict[Multiaddr, None] = {}  # where peers beyond a router have dialled us
         self._punched = punched
+        self._asks_routers = forwarding_limits is not None and wanted == "auto"
+        self._forwarding = PortForwarding(
+            self._inside, self._forwarding_changed, forwarding_limits or ForwardingLimits()
+        )
+        self._forwarded_otherwise = Signal()
         self._settled = trio.Event()
         self._met = Signal()
         self.news = Signal()
@@ -82,17 +93,20 @@ class ReachabilityKeeper:
     def reachability(self) -> Reachability:
         """How this node is reached."""
         relays = tuple(map(str, self._reservations.relays))
+        forwarded = self._forwarding.forwarded
         return Reachability(
             self._reach,
             relays if self._reach is Reach.PRIVATE else (),
             insisted=self._wanted != "auto",
+            forwarded_port=forwarded.port if forwarded is not None else None,
         )
 
     def addresses(self) -> list[Multiaddr]:
         """Where others are told to dial us."""
         if self._reach is Reach.PRIVATE:
             return self._reservations.addresses
-        return list(dict.fromkeys([*self._outside, *self._direct()]))
+        outside = self._outside or self._unconfirmed()
+        return list(dict.fromkeys([*outside, *self._direct()]))
 
     def met(self) -> None:
         """A peer is connected and has said what it speaks."""
@@ -106,11 +120,13 @@ class ReachabilityKeeper:
     async def run(self) -> None:
         """Until cancelled."""
         self._host.set_stream_handler(AUTONAT, self._dial_back.answer)
-        while True:
-            if self._reach is Reach.PRIVATE:
-                await self._be_private()
-            else:
-                await self._be_dialled()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._forwarding.run)
+            while True:
+                if self._reach is Reach.PRIVATE:
+                    await self._be_private()
+                else:
+                    await self._be_dialled()
 
     async def _be_dialled(self) -> None:
         """Serve others while they can, or may be able to, dial us."""
@@ -139,7 +155,7 @@ class ReachabilityKeeper:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._reservations.run)
             while True:
-                await trio.sleep(_KNOWN_SECONDS)
+                await self._pause_while_known()
                 if await self._find_out() is Reach.PUBLIC:
                     break
             nursery.cancel_scope.cancel()
@@ -154,11 +170,17 @@ class ReachabilityKeeper:
             with trio.move_on_after(_UNKNOWN_SECONDS):
                 await self._met.wait()
         else:
-            await trio.sleep(_KNOWN_SECONDS)
+            await self._pause_while_known()
+
+    async def _pause_while_known(self) -> None:
+        with trio.move_on_after(_KNOWN_SECONDS):
+            await self._forwarded_otherwise.wait()
+            await trio.sleep(_DOUBT_SECONDS)  # those whom we have just asked would refuse
 
     async def _find_out(self) -> Reach:
         if self._wanted != "auto":
             return Reach(self._wanted)
+        await self._forwarding.asked()
         votes: list[Vote] = []
         ours = interface_hosts()
         outside: dict[Multiaddr, None] = {}
@@ -174,9 +196,9 @@ class ReachabilityKeeper:
             places = list(dict.fromkeys(self._places(str(host))))
             reached = await self._dial_back.ask(connection, places)
             if reached is not None:
-                votes.append(Vote(reached=reached, outside=beyond))
-                if reached and beyond:
-                    outside.update(dict.fromkeys(places))
+                votes.append(Vote(reached=bool(reached), outside=beyond))
+                if beyond:
+                    outside.update(dict.fromkeys(reached))
 
         async with trio.open_nursery() as nursery:
             for connection, seen_as in self._voters():
@@ -207,8 +229,33 @@ class ReachabilityKeeper:
         """Where we may be listening at an address of ours: forwarded ports first."""
         family = "ip6" if ":" in host else "ip4"
         yield from (address for address in self._direct() if host_of(address) == host)
+        if (forwarded := self._forwarding.forwarded) is not None and family == "ip4":
+            yield Multiaddr(f"/ip4/{host}/tcp/{forwarded.port}")
         for address in self._bound():
             yield Multiaddr(f"/{family}/{host}/tcp/{address.value_for_protocol('tcp')}")
+
+    def _inside(self) -> list[tuple[str, int]]:
+        """Where a router may forward to; nothing if none shall be asked, or none stands before us."""
+        if not self._asks_routers:
+            return []
+        reached = {
+            host: int(address.value_for_protocol("tcp") or 0)
+            for address in announced_addresses(self._bound())
+            if (host := host_of(address)) and ":" not in host and not is_loopback(address)
+        }
+        behind = not any(ip_address(host).is_global for host in reached)
+        return list(reached.items()) if behind else []
+
+    def _unconfirmed(self) -> list[Multiaddr]:
+        """Where a router says that it forwards our port."""
+        forwarded = self._forwarding.forwarded
+        if forwarded is None or forwarded.host is None:
+            return []
+        return [Multiaddr(f"/ip4/{forwarded.host}/tcp/{forwarded.port}")]
+
+    def _forwarding_changed(self) -> None:
+        self._forwarded_otherwise.notify()
+        self._changed()
 
     def _candidates(self) -> Iterator[tuple[ID, Sequence[Multiaddr]]]:
         """Peers that may relay for us, and where to dial them."""

@@ -411,6 +411,7 @@ class Node:
             announce=config.announce,
             bootstrap=config.bootstrap,
             reachability=config.reachability,
+            upnp=config.upnp,
             mdns=config.looks_around,
             privacy=Privacy.of_files(config.swarm_key, config.allow_peers),
             limits=NetworkLimits(host=HostLimits.admitting(config.limits)),

@@ -30,18 +30,27 @@ class Reachability:
     """Peer ids of the relays through which a private one is reached."""
     insisted: bool = False
     """Whether the user said so, and nobody was asked."""
+    forwarded_port: int | None = None
+    """The port of the router that it says it forwards to this machine."""
 
     def in_words(self, port: int | None) -> str:
         """One line that says what is the case and what to do; ``port`` is the one listened on."""
         forward = "forward a TCP port of your router to it (--listen, --announce)"
         if port is not None:
             forward = f"forward TCP port {port} of your router to this machine"
+        router = f"its router forwards TCP port {self.forwarded_port} to it (UPnP)"
+        forwarded = self.forwarded_port is not None
         if self.reach is Reach.UNKNOWN:
-            return "Reachability: unknown, for there is no peer to ask yet."
+            hope = f"; {router}" if forwarded else ""
+            return f"Reachability: unknown, for there is no peer to ask yet{hope}."
         if self.reach is Reach.PUBLIC:
             how = "as you say" if self.insisted else "peers can dial this node"
-            return f"Reachability: public, {how}. Nothing to do."
+            why = f": {router}" if forwarded else ""
+            return f"Reachability: public, {how}{why}. Nothing to do."
         how = "as you say" if self.insisted else "peers cannot dial this node"
+        if forwarded:
+            how += f", though {router}"
+            forward = f"have the router behind that one, if there is one, forward TCP port {self.forwarded_port}, too"
         if not self.relays:
             return (
                 f"Reachability: private, {how}, and no peer relays for it yet: nobody can use its "

@@ -130,6 +130,15 @@ def run_command(
             autocompletion=lambda: list(REACHABILITIES),
         ),
     ] = "auto",
+    upnp: Annotated[
+        bool,
+        typer.Option(
+            "--upnp/--no-upnp",
+            help="Ask the router to forward the port, unless --reachability or --announce says how "
+            "others reach this node.",
+            rich_help_panel=REACHED,
+        ),
+    ] = True,
     identity: Annotated[
         Path | None,
         typer.Option(
@@ -269,6 +278,7 @@ def run_command(
         listen=arguments.listen_addresses(listen),
         announce=arguments.announced_addresses(announce),
         reachability=reachability,
+        upnp=upnp,
         identity=identity,
         data_dir=data_dir,
         dtype=dtype,

@@ -133,6 +133,7 @@ def reachability_event(node: "Node") -> dict[str, Any]:
         "event": "reachability",
         "reach": reachability.reach,
         "relays": list(reachability.relays),
+        "forwarded_port": reachability.forwarded_port,
         "multiaddrs": list(node.multiaddrs),
         "words": reachability.in_words(int(ports.pop()) if len(ports) == 1 else None),
     }

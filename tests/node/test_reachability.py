@@ -1,17 +1,23 @@
 """How a node finds out whether others can dial it, and what it tells its user."""
 
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from ipaddress import ip_address
+from typing import Any
 
 import pytest
 import trio
 from libp2p.host.autonat.pb.autonat_pb2 import Message
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
+from petals.node.libp2p_addresses import interface_hosts
 from petals.node.libp2p_dialback import AUTONAT, DialBackLimits
 from petals.node.libp2p_guards import HostLimits
 from petals.node.libp2p_negotiation import negotiate, receive_message, send_message
 from petals.node.libp2p_network import Libp2pNetwork, NetworkLimits
 from petals.node.reachability import Reach, Reachability, Vote, verdict
+from petals.node.upnp.forwarding import ForwardingLimits
+from support.fake_router import FakeRouter
 from support.networks import Libp2pWorld
 
 DEADLINE = 10.0
@@ -43,6 +49,28 @@ def test_peers_beyond_the_router_decide_by_majority(
     ("reachability", "words"),
     [
         (Reachability(Reach.UNKNOWN), "unknown, for there is no peer to ask yet."),
+        (
+            Reachability(Reach.UNKNOWN, forwarded_port=31331),
+            (
+                "unknown, for there is no peer to ask yet; its router forwards TCP port 31331 to it "
+                "(UPnP)."
+            ),
+        ),
+        (
+            Reachability(Reach.PUBLIC, forwarded_port=31331),
+            (
+                "public, peers can dial this node: its router forwards TCP port 31331 to it (UPnP). "
+                "Nothing to do."
+            ),
+        ),
+        (
+            Reachability(Reach.PRIVATE, ("12D3KooWabcdef",), forwarded_port=31330),
+            (
+                "private, peers cannot dial this node, though its router forwards TCP port 31330 to "
+                "it (UPnP); they reach it through abcdef. For more speed, have the router behind that "
+                "one, if there is one, forward TCP port 31330, too."
+            ),
+        ),
         (Reachability(Reach.PUBLIC), "public, peers can dial this node. Nothing to do."),
         (Reachability(Reach.PUBLIC, insisted=True), "public, as you say. Nothing to do."),
         (
@@ -91,6 +119,68 @@ async def test_a_node_alone_does_not_wait_to_know(world: Libp2pWorld) -> None:
         async with world.network(reachability="auto") as network:
             assert network.reachability == Reachability(Reach.UNKNOWN)
             assert network.multiaddrs
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[FakeRouter]:
+    """On the network that this machine is in."""
+    private = [host for host in interface_hosts() if ":" not in host]
+    inside = [host for host in map(ip_address, private) if host.is_private and not host.is_loopback]
+    if not inside:
+        pytest.skip("needs an interface behind a router")
+    router = FakeRouter(str(inside[0]))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(router.serve)
+        yield router
+        nursery.cancel_scope.cancel()
+
+
+def behind(
+    router: FakeRouter, *, settle: float = DEADLINE, **options: Any
+) -> AbstractAsyncContextManager[Libp2pNetwork]:
+    limits = NetworkLimits(
+        forwarding=ForwardingLimits(group=router.searched_at), settle_seconds=settle
+    )
+    options = {
+        "reachability": "auto",
+        "upnp": True,
+        "listen": f"/ip4/{router.host}/tcp/0",
+        **options,
+    }
+    return Libp2pWorld(limits=limits).network(**options)
+
+
+async def test_a_router_is_asked_while_nobody_can_say_whether_we_are_dialled(
+    router: FakeRouter,
+) -> None:
+    async with behind(router) as network:
+        [(port, entry)] = router.table.items()
+        assert entry.host == router.host
+        assert network.reachability == Reachability(Reach.UNKNOWN, forwarded_port=port)
+        assert [each.partition("/p2p")[0] for each in network.multiaddrs] == [
+            f"/ip4/{router.outer_host}/tcp/{port}",
+            f"/ip4/{router.host}/tcp/{entry.port}",
+        ]
+    assert router.table == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"upnp": False},
+        {"reachability": "public"},
+        {"reachability": "private"},
+        {"announce": ["/ip4/192.0.2.1/tcp/4"]},
+        {"listen": "/ip4/127.0.0.1/tcp/0"},
+        {"serve": False},
+    ],
+)
+async def test_no_router_is_asked_where_it_would_not_help(
+    router: FakeRouter, options: dict[str, Any]
+) -> None:
+    async with behind(router, settle=0.5, **options) as network:
+        assert network.reachability.forwarded_port is None
+    assert router.asked == []
 
 
 async def test_a_node_that_cannot_be_dialled_back_is_reached_through_a_relay(

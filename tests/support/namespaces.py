@@ -10,14 +10,24 @@ id, so that test runs don't meet.
 """
 
 import contextlib
+import ctypes
 import os
+import queue
 import shutil
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+from support.fake_router import FakeRouter, Forward
 
 _RULES = """
 table ip translation {
+    chain prerouting {
+        type nat hook prerouting priority -100;
+    }
     chain postrouting {
         type nat hook postrouting priority 100;
         oifname "outside" masquerade
@@ -31,12 +41,15 @@ table ip firewall {
     chain forward {
         type filter hook forward priority 0; policy drop;
         ct state established,related accept
+        ct status dnat accept
         iifname "inside" accept
     }
 }
 """
 _OUTSIDE = ("public", "far", "router", "gate")
 _HOMES = {"router": "home", "gate": "flat"}
+_CLONE_NEWNET = 0x40000000
+_ROUTER_DEADLINE = 30.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,10 @@ class Internet:
     home: str
     flat: str
     public_address: str
+    router: str
+    """Home's."""
+    router_address: str
+    """On the outer side."""
 
 
 def missing() -> str | None:
@@ -88,7 +105,63 @@ def internet() -> Iterator[Internet]:
             _inside(names[router], "nft", "-f", "-", text=_RULES)
         for router in ("wan", *_HOMES):
             _inside(names[router], "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-        yield Internet(names["public"], names["far"], names["home"], names["flat"], "203.0.113.2")
+        yield Internet(
+            *(names[each] for each in ("public", "far", "home", "flat")),
+            public_address="203.0.113.2",
+            router=names["router"],
+            router_address="203.0.113.10",
+        )
+
+
+@contextlib.contextmanager
+def forwarding_router(internet: Internet) -> Iterator[FakeRouter]:
+    """Home's router does as it is told over UPnP, meanwhile."""
+
+    def apply(table: Mapping[int, Forward]) -> None:
+        rules = [
+            f'add rule ip translation prerouting iifname "outside" tcp dport {outer} '
+            f"dnat to {entry.host}:{entry.port}"
+            for outer, entry in table.items()
+        ]
+        text = "\n".join(["flush chain ip translation prerouting", *rules])
+        _inside(internet.router, "nft", "-f", "-", text=text)
+
+    router = FakeRouter(host="192.168.77.1", outer_host=internet.router_address, applied=apply)
+    started: queue.Queue[trio.CancelScope | None] = queue.Queue()
+    token: list[trio.lowlevel.TrioToken] = []
+
+    async def serve() -> None:
+        token.append(trio.lowlevel.current_trio_token())
+        async with trio.open_nursery() as nursery:
+            await nursery.start(
+                lambda task_status: router.serve(multicast=True, task_status=task_status)
+            )
+            started.put(nursery.cancel_scope)
+
+    def run() -> None:
+        try:
+            _enter(internet.router)
+            trio.run(serve)
+        finally:
+            started.put(None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    scope = started.get(timeout=_ROUTER_DEADLINE)
+    assert scope is not None, "the router did not start"
+    try:
+        yield router
+    finally:
+        token[0].run_sync_soon(scope.cancel)
+        thread.join()
+
+
+def _enter(name: str) -> None:
+    """Be on that machine from now on, as far as the sockets of this thread go."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path(f"/run/netns/{name}").open() as file:
+        if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {name}")
 
 
 def _join(router: str, router_link: str, host: str, host_link: str, network: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,16 +38,19 @@ def serving(folder: Path, *options: str, network: str) -> Iterator[ServingNode]:
 
 @contextlib.contextmanager
 def relay_and_hidden(
-    internet: Internet, folder: Path, *, first: str, second: str
+    internet: Internet, folder: Path, *options: str, first: str, second: str
 ) -> Iterator[tuple[ServingNode, ServingNode]]:
-    """A public node with the ``first`` blocks, none if empty, and one behind NAT with the others."""
+    """A public node with the ``first`` blocks, none if empty, and one behind NAT with the others.
+
+    ``options`` are the latter's.
+    """
     model = ("--model", "demo")
     blocks = (*model, "--blocks", first) if first else ()
     with (
         serving(folder / "public", *blocks, network=internet.public) as relay,
         serving(
             folder / "home",
-            *(*model, "--blocks", second, "--bootstrap", relay.multiaddr),
+            *(*model, "--blocks", second, "--bootstrap", relay.multiaddr, *options),
             network=internet.home,
         ) as hidden,
     ):
@@ -69,7 +73,13 @@ def check_text(
 def test_a_session_runs_through_a_node_behind_nat(
     internet: Internet, demo: ReferenceModel, tmp_path: Path
 ) -> None:
-    with relay_and_hidden(internet, tmp_path, first="0:4", second="4:8") as (relay, hidden):
+    with (
+        namespaces.forwarding_router(internet) as router,
+        relay_and_hidden(internet, tmp_path, "--no-upnp", first="0:4", second="4:8") as (
+            relay,
+            hidden,
+        ),
+    ):
         assert relay.multiaddr.startswith(f"/ip4/{internet.public_address}/tcp/31330/")
         told = hidden.event("reachability")
         assert told["reach"] == "private"
@@ -90,6 +100,7 @@ def test_a_session_runs_through_a_node_behind_nat(
         assert all("/p2p-circuit" not in address for address in announced[relay.peer_id])
 
         check_text(internet.far, relay, {relay.peer_id, hidden.peer_id}, demo)
+        assert router.asked == []
 
 
 def test_two_behind_nat_meet_directly(
@@ -98,3 +109,24 @@ def test_two_behind_nat_meet_directly(
     with relay_and_hidden(internet, tmp_path, first="", second="0:8") as (relay, hidden):
         check_text(internet.flat, relay, {hidden.peer_id}, demo)
         assert "a hole was punched to" in hidden.errors
+
+
+def test_a_router_that_forwards_ports_makes_a_node_behind_it_public(
+    internet: Internet, demo: ReferenceModel, tmp_path: Path
+) -> None:
+    with (
+        namespaces.forwarding_router(internet) as router,
+        relay_and_hidden(internet, tmp_path, first="", second="0:8") as (relay, home),
+    ):
+        told = home.event("reachability")
+        assert told["reach"] == "public"
+        assert told["forwarded_port"] == 31330
+        outer = f"/ip4/{internet.router_address}/tcp/31330/p2p/{home.peer_id}"
+        assert told["multiaddrs"][0] == outer
+        assert "its router forwards TCP port 31330 to it (UPnP)" in told["words"]
+        check_text(internet.far, relay, {home.peer_id}, demo)
+        assert "a hole was punched to" not in home.errors
+        assert list(router.table) == [31330]
+        home.send_signal(signal.SIGTERM)
+        assert home.wait() == 0
+        assert router.table == {}
