@@ -78,6 +78,14 @@ class LaneCache:
                 yield
         self.length = length
 
+    def become(self, other: "LaneCache") -> None:
+        """Hold what ``other`` holds, in the memory that is here."""
+        self.length = 0
+        for block, cached in other._blocks.items():
+            for own, theirs in zip(self._room(block, other.length), cached, strict=True):
+                own[:, :, : other.length] = theirs[:, :, : other.length]
+        self.length = other.length
+
     def shrink(self, at_once: int) -> Generator[None, None, None]:
         """Give back the memory behind ``length`` where it is much. Whoever has views keeps it.
 
@@ -193,6 +201,31 @@ class SessionCache:
         """Give back memory that holds no tokens, where it is much; yields as ``copy_from`` does."""
         for lane in self.lanes:
             yield from lane.shrink(at_once)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Let each lane hold what lane ``order[lane]``, with as much padding, held; () changes none.
+
+        Memory changes hands; only what goes on in several lanes is copied, into that of those which
+        don't go on. If that fails, the session holds nothing.
+        """
+        if not order:
+            return
+        given_up = {lane for lane in range(len(order)) if lane not in order}
+        taken: set[int] = set()
+        lanes = []
+        for source in order:
+            lane = source
+            if source in taken:
+                lane = next(old for old in given_up if self.padding[old] == self.padding[source])
+                given_up.remove(lane)
+                try:
+                    self.lanes[lane].become(self.lanes[source])
+                except BaseException:
+                    self.truncate(0)
+                    raise
+            taken.add(lane)
+            lanes.append(self.lanes[lane])
+        self.lanes = tuple(lanes)
 
     def truncate(self, position: int) -> None:
         """Forget everything from ``position`` on; the memory stays for what follows."""

@@ -192,6 +192,7 @@ class Engine:
         wire_dtype: DType,
         span: Span,
         keys: Sequence[Label] = (),
+        order: Sequence[int] = (),
     ) -> "Future[WireTensor]":
         """Queue a step: ``hidden`` ``[batch, rows, hidden]`` at ``position``, through ``span``.
 
@@ -199,11 +200,12 @@ class Engine:
         the session holds truncates it first. Rows that are padding give zeros and cost nothing.
         ``keys`` are ``(position, key)``, rising: once this step has been computed, the session's
         first ``position`` rows are known by ``key``, until a step goes back behind them. They
-        count only in a session with ``prefixes``.
+        count only in a session with ``prefixes``. ``order``: of what is held before ``position``,
+        row b of the batch goes on from what row ``order[b]`` has, which has as much padding.
 
         Never raises; the future does: LocalProtocolError for an unknown session, a gap, a wrong
-        shape or span, too many tokens, keys for other positions than the step's, or a queue that
-        is full; RemoteProtocolError for input that is not finite; ModelError when computing fails
+        shape, span or order, too many tokens, keys for other positions than the step's, or a queue
+        that is full; RemoteProtocolError for input that is not finite; ModelError when computing fails
         or gives something not finite; CancelledError when the session is closed first. A step that
         was refused changes nothing; after one that failed while computing, the session holds
         ``position`` tokens.
@@ -228,6 +230,7 @@ class Engine:
                 hidden=hidden,
                 wire_dtype=wire_dtype,
                 keys=tuple(keys),
+                order=tuple(order),
             )
             session.steps.append(step)
             self._queued += 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..protocol.errors import LocalProtocolError, ModelError, PetalsError, RemoteProtocolError
+from ..protocol.log import fits
 from ..protocol.tensor import DType, WireTensor
 from .attention import LaneRows
 from .model import Blocks
@@ -88,6 +89,8 @@ class Rounds:
             step.output = make(shape, dtype=torch_dtype(step.wire_dtype), device=device)
             cache.expect(step.position + step.rows)
             _begin(step)
+        elif step.order:
+            _begin(step)  # here, because copying lanes may fail for want of memory
         return True
 
     def _check(self, step: Step) -> None:
@@ -102,6 +105,11 @@ class Rounds:
             raise LocalProtocolError(
                 f"blocks {step.span} were asked for; loaded are {blocks.span}"
                 + (f", and the session uses {session.span}" if session.span else "")
+            )
+        if step.order and not fits(step.order, cache.padding):
+            raise LocalProtocolError(
+                f"rows {list(step.order)} cannot take the places of a batch with padding "
+                f"{list(cache.padding)}"
             )
         end = step.position + shape[1]
         if not 0 <= step.position <= cache.position:
@@ -249,10 +257,13 @@ class _Piece:
 def _begin(step: Step) -> None:
     """From here on the session holds what is before ``step``, and nothing behind."""
     session = step.owner
+    if step.started:
+        return
     step.started = True
     session.span = step.span
     if step.position < session.cache.position:
         session.cache.truncate(step.position)
+    session.cache.reorder(step.order)
     if session.shared is not None:
         session.shared.begin_step(step.position)
 

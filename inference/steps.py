@@ -46,6 +46,8 @@ class Step(Waiting):
     hidden: WireTensor
     wire_dtype: DType
     keys: tuple[Label, ...]
+    order: tuple[int, ...]
+    """What becomes of the lanes before it runs; () if nothing does."""
     future: Future[WireTensor] = field(default_factory=Future[WireTensor])
     started: bool = False
     """Whether it has changed its session."""

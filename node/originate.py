@@ -31,6 +31,7 @@ from ..protocol.chain import ChainState, SessionTerms
 from ..protocol.errors import ConfigError, LocalProtocolError, PetalsError
 from ..protocol.frames import Hello
 from ..protocol.routing import RouteHop
+from ..protocol.span import Span
 from ..protocol.swarm import Swarm
 from ..protocol.tensor import DType, WireTensor
 from . import saved_session
@@ -340,7 +341,7 @@ class Originator:
         terms = SessionTerms(
             session=new_session_id(),
             model=self.checkpoint.fingerprint,
-            num_blocks=self.checkpoint.num_blocks,
+            span=Span(0, self.checkpoint.num_blocks),
             hidden_size=self.checkpoint.hidden_size,
             batch=len(saved.token_ids),
             padding=saved.padding,

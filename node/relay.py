@@ -458,6 +458,7 @@ class Relay:
             wire_dtype=opened.wire_dtype,
             span=opened.span,
             keys=compute.labels,
+            order=step.order,
         )
         when_done(future, partial(self._take_result, session, compute, future))
 

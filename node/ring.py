@@ -173,9 +173,12 @@ class Ring:
         """Positions that still fit."""
         return self._terms.max_tokens - self._chain.length
 
-    def rewind(self, position: int) -> None:
-        """Forget the positions from ``position`` on, here and, with the next step, at every hop."""
-        self._chain.rewind(position)
+    def rewind(self, position: int, order: tuple[int, ...] = ()) -> None:
+        """Forget the positions from ``position`` on, here and, with the next step, at every hop.
+
+        Before it, sequence b of the batch becomes what ``order[b]`` was.
+        """
+        self._chain.rewind(position, order)
         self._delivered.clear()
 
     async def step(self, rows: int, *, want: int) -> list[WireTensor]:
@@ -399,7 +402,9 @@ class Ring:
             want_from = self._chain.expected
             hidden = await self._embed(due.start, due.stop)
             await stream.send(
-                Step(due.link, due.sequence, due.rewind, due.start, want_from, hidden)
+                Step(
+                    due.link, due.sequence, due.rewind, due.start, want_from, hidden, past=due.past
+                )
             )
 
     # --- the route ----------------------------------------------------------------------------
@@ -457,7 +462,7 @@ class Ring:
         except NoRoute:
             if not kept or not fresh:
                 raise
-        hops = await self._gaps.fill([Span(0, self._terms.num_blocks)], (), fresh=False)
+        hops = await self._gaps.fill([self._terms.span], (), fresh=False)
         for hop in kept:
             self._receive(HopLost(hop.peer.peer_id, "the session takes another route"))
         return hops

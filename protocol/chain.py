@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-* The chain's hops are in the order of their spans. Blocks that no hop of the chain covers are
-  ``missing``; the shell plans a route for them and says ``Routed``. A session starts with all of
+* The chain's hops are in the order of their spans. Blocks of the session's span (a model's, or a part
+  of them) that no hop of the chain covers are ``missing``; the shell plans a route for them and says ``Routed``. A session starts with all of
   its blocks missing, and a lost hop makes its blocks missing again: opening, recovering and
   migrating are one mechanism.
 * Every re-route raises the epoch. New hops are opened in it; of the old ones those whose neighbours
@@ -36,7 +36,7 @@ from .checks import Peer
 from .errors import LocalProtocolError, RemoteProtocolError
 from .frames import Open, Output, Relink, Resume, State
 from .link import Due, LinkSender
-from .log import OutputLog, RewindHistory
+from .log import OutputLog, RewindHistory, fits
 from .prefix import last_boundary, named_boundaries, offers
 from .span import Span, gaps
 from .tensor import DType, WireTensor
@@ -52,7 +52,8 @@ class SessionTerms:
 
     session: bytes
     model: str
-    num_blocks: int
+    span: Span
+    """The blocks that rows go through."""
     hidden_size: int
     batch: int
     padding: tuple[int, ...]
@@ -253,8 +254,9 @@ class Chain:
     @property
     def missing(self) -> list[Span]:
         """The blocks without a hop, as maximal runs; a closed session misses none."""
-        spans = (hop.span for hop in self.hops)
-        return [] if self._closed else gaps(spans, self.terms.num_blocks)
+        before = [Span(0, self.terms.span.start)] if self.terms.span.start else []
+        spans = [*before, *(hop.span for hop in self.hops)]
+        return [] if self._closed else gaps(spans, self.terms.span.end)
 
     @property
     def offerable(self) -> int:
@@ -262,7 +264,8 @@ class Chain:
 
         At least one row is left, so that there is something to come back.
         """
-        if self._history.current or self.terms.batch > 1 or any(self.terms.padding):
+        terms = self.terms
+        if self._history.current or terms.batch > 1 or any(terms.padding) or terms.span.start:
             return 0
         return last_boundary(self.length)
 
@@ -280,12 +283,20 @@ class Chain:
         self.expected = want_from
         self._watch.sent(tokens, now)
 
-    def rewind(self, position: int) -> None:
-        """Go back: the log ends at ``position`` from now on."""
-        if not 0 <= position < self.length:
+    def rewind(self, position: int, order: tuple[int, ...] = ()) -> None:
+        """Go back: the log ends at ``position`` from now on, and its sequences are in ``order``.
+
+        Sequence b goes on from what ``order[b]`` was so far, which has as much padding.
+        """
+        if not 0 <= position < self.length + bool(order):
             raise LocalProtocolError(f"cannot go back to {position} in 0..{self.length}")
-        self._history.record(self._history.current + 1, position)
-        self._sender.rewound(position)
+        padding = self.terms.padding
+        if order and not fits(order, padding):
+            raise LocalProtocolError(
+                f"sequences {list(order)} cannot take the places of a batch with padding "
+                f"{list(padding)}"
+            )
+        self._history.record(self._history.current + 1, position, order)
         self.length = position
         self.expected = min(self.expected, position)
 
@@ -309,13 +320,13 @@ class Chain:
 
     def _routed(self, event: Routed, now: float) -> list[Effect]:
         hops = sorted([*self.hops, *event.hops], key=lambda hop: hop.span)
-        ends = [0, *(hop.span.end for hop in hops)]
-        starts = [*(hop.span.start for hop in hops), self.terms.num_blocks]
+        ends = [self.terms.span.start, *(hop.span.end for hop in hops)]
+        starts = [*(hop.span.start for hop in hops), self.terms.span.end]
         peers = {hop.peer.peer_id for hop in hops}
         if ends != starts or len(peers) != len(hops):
             raise LocalProtocolError(
-                f"hops {[str(hop.span) for hop in hops]} do not form a chain of "
-                f"{self.terms.num_blocks} blocks over different peers"
+                f"hops {[str(hop.span) for hop in hops]} do not form a chain of blocks "
+                f"{self.terms.span} over different peers"
             )
         before = self._neighbours()
         self.recoveries += 1 if self.epoch else 0
@@ -429,7 +440,7 @@ class Chain:
         return [LinkFirst(self.hops[0].peer, self.epoch)]
 
     def _link_cut(self, event: LinkCut, now: float) -> list[Effect]:
-        if not self.hops or self.hops[0].span.start > 0:
+        if not self.hops or self.hops[0].span.start > self.terms.span.start:
             return []  # the first hop is lost, and its link with it
         self._cuts[self._own_peer_id] += 1
         if self._cuts[self._own_peer_id] > MAX_CUTS:

@@ -6,7 +6,7 @@ which says what the value would have to be.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import ErrorCode
 from .span import Span
@@ -29,6 +29,10 @@ MAX_ADDRESS = 256
 MAX_REASON = 1024
 MAX_COUNTER = 1 << 53
 """Epochs, link numbers and the like: what any msgpack reader holds exactly, JavaScript's too."""
+
+MAX_PAST = 16
+"""Rewinds that a step tells of. A ring has one or two under way; who has missed more than these is
+sent everything again."""
 
 SESSION_ID_BYTES = 16
 LENGTH_BYTES = 4
@@ -144,9 +148,29 @@ class Peer:
     multiaddrs: tuple[str, ...] = ()
 
 
+class Rewind(NamedTuple):
+    """The originator going back, or taking other sequences of the batch on (beam search)."""
+
+    number: int
+    """1, 2, 3, … of the session."""
+    position: int
+    """What is here and behind is void."""
+    order: tuple[int, ...] = ()
+    """Of what is before, sequence b of the batch is from now on what ``order[b]`` was; () as it was."""
+
+
 peer_id = text(128)
 counter = integer(0, MAX_COUNTER)
 position = integer(0, MAX_TOKENS)
+_order = tuple_of(integer(0, MAX_BATCH - 1), MAX_BATCH)
+
+
+def rewind(value: Any) -> Rewind:
+    """``[number, position, order]``."""
+    fields = tuple_of(lambda item: item, 3)(value)
+    if len(fields) != 3:
+        raise BadValueError("a [number, position, order]")
+    return Rewind(counter(fields[0]), position(fields[1]), _order(fields[2]))
 
 
 def peer(value: Any) -> Peer:

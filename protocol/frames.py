@@ -11,8 +11,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from . import checks
-from .checks import MAX_BATCH, MAX_BLOCKS, MAX_REASON, MAX_TOKENS, SESSION_ID_BYTES, Check, Peer
+from .checks import (
+    MAX_BATCH,
+    MAX_BLOCKS,
+    MAX_PAST,
+    MAX_REASON,
+    MAX_TOKENS,
+    SESSION_ID_BYTES,
+    Check,
+    Peer,
+    Rewind,
+)
 from .errors import ErrorCode
+from .log import combined
 from .prefix import DIGEST_BYTES, MAX_PREFIXES
 from .span import Span
 from .tensor import DType, WireTensor
@@ -173,6 +184,9 @@ class Step(Frame):
     vouched: tuple[bytes, ...] = ()
     """The sender's output digests of the boundaries at ``position``, in and behind the rows, as far
     as it can vouch for them (``prefix.py``)."""
+    past: tuple[Rewind, ...] = ()
+    """With the first step of a new rewind: those that the receiver has not heard of, the newest one
+    last. At most the newest ``MAX_PAST``; older ones have cut at ``position`` or behind it."""
 
     KIND: ClassVar[str] = "step"
     CHECKS: ClassVar[Mapping[str, Check]] = {
@@ -182,7 +196,13 @@ class Step(Frame):
         "position": checks.position,
         "want_from": checks.position,
         "vouched": _digests,
+        "past": checks.tuple_of(checks.rewind, MAX_PAST),
     }
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """What becomes of the sequences of the batch in front of ``position``; () if nothing does."""
+        return combined(self.past) if self.position else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ Rules of this file:
   (``LinkSender``) or, at the last hop, to the originator as far as it wants them.
 * The shell pulls: ``next_outgoing`` says what to send when the stream can take it, so a slow
   successor backs up into the log, which ``max_tokens`` bounds, and not into a queue.
-* Rewinds take effect when their first step has been computed, in order with everything else.
+* Rewinds, and the orders that they bring, take effect when their first step has been computed, in
+  order with everything else.
 * Only the predecessor that the originator named may link, and only from the epoch on in which it
   was named.
 * A hop outlives its control stream for a while: an originator that comes back in time with a newer
@@ -28,7 +29,7 @@ from .checks import Peer
 from .errors import ErrorCode, RemoteProtocolError
 from .frames import Open, Output, Probe, Relink, Resume, State, Step
 from .link import LinkReceiver, LinkSender, Verdict
-from .log import OutputLog, RewindHistory
+from .log import OutputLog, RewindHistory, fits
 from .prefix import (
     HashedInputs,
     Label,
@@ -93,7 +94,8 @@ class Reply:
 class Compute:
     """Run the span over the step's rows at its position, then say ``Computed``.
 
-    Cached rows at the step's position and behind it are void.
+    Cached rows at the step's position and behind it are void; those before it are put in
+    ``step.order`` first.
     """
 
     step: Step
@@ -206,6 +208,7 @@ class Hop:
             want_from=self._want_from,
             hidden=self._log.read(due.start, due.stop),
             vouched=vouched_from(due.start, due.stop, self._outputs),
+            past=due.past,
         )
 
     def _next_output(self, max_rows: int) -> Output | None:
@@ -236,6 +239,12 @@ class Hop:
                 f"rows up to position {step.position + rows} in a session of "
                 f"{opened.max_tokens} tokens"
             )
+        for later in step.past:
+            if later.order and not fits(later.order, opened.padding):
+                raise RemoteProtocolError(
+                    f"sequences {list(later.order)} cannot take the places of a batch with "
+                    f"padding {list(opened.padding)}"
+                )
         verdict = self._receiver.take(step)
         if verdict is Verdict.ACCEPT:
             return [Compute(step, self._label(step))]
@@ -259,9 +268,9 @@ class Hop:
     def _computed(self, event: Computed) -> list[Effect]:
         step = event.step
         if step.rewind > self._history.current:
-            self._history.record(step.rewind, step.position)
+            self._history.adopt(step.rewind, step.position, step.past)
             self._log.truncate(step.position)
-            self._sender.rewound(step.position)
+            self._log.reorder(step.order)
             self._returned = 0  # outputs under way are of an older rewind: dropped on arrival
         self._log.append(event.hidden)
         # Only now: a step that is still in the queue may have rewound what the log has.

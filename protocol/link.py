@@ -9,8 +9,8 @@ Rules of this file:
   only directly behind the one before it, and drops, duplicates, delays and reconnects can cost
   time but never skip a row or compute one from wrong inputs.
 * Under one link number the sender's cursor only goes back for a rewind. The first step of a newer
-  rewind therefore starts at a position below which everything that the receiver holds is true: it
-  cuts itself there.
+  rewind therefore starts at a position below which everything that the receiver holds is true, once
+  the sequences of its batch are in the order that the step tells: it cuts itself there.
 * A receiver that nobody has linked to yet holds nothing, unless it was offered a prefix, so grant
   0 at position 0 needs no ``Resume``: a new session's first step rides right behind ``open``.
 """
@@ -18,6 +18,7 @@ Rules of this file:
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from .checks import Rewind
 from .errors import RemoteProtocolError
 from .frames import Resume, Step
 from .log import RewindHistory
@@ -43,6 +44,8 @@ class Due:
     rewind: int
     start: int
     stop: int
+    past: tuple[Rewind, ...] = ()
+    """See ``Step.past``."""
 
 
 class LinkReceiver:
@@ -97,10 +100,25 @@ class LinkReceiver:
             raise RemoteProtocolError(
                 f"rewind {step.rewind} starts at {step.position}, beyond {self.position}"
             )
+        self._check_past(step)
         self.sequence += 1
         self.rewind = step.rewind
         self.position = step.position + step.hidden.shape[1]
         return Verdict.ACCEPT
+
+    def _check_past(self, step: Step) -> None:
+        known = self.rewind
+        for number, position, _ in step.past:
+            if number <= known or position < step.position:
+                raise RemoteProtocolError(
+                    f"rewind {number} to {position}, told of behind rewind {known} by a step at "
+                    f"{step.position}"
+                )
+            known = number
+        if step.past and known != step.rewind:
+            raise RemoteProtocolError(
+                f"a step of rewind {step.rewind} that tells of rewinds up to {known}"
+            )
 
     def _resume(self) -> Resume:
         return Resume(link=self.link, position=self.position, rewind=self.rewind)
@@ -113,6 +131,8 @@ class LinkSender:
         self._history = history
         self._granted: Resume | None = None
         self._cursor: int | None = None
+        self._told = 0
+        """The rewind that the receiver knows, or will when it has what was sent."""
         self._sequence = 0
 
     def __repr__(self) -> str:
@@ -132,11 +152,6 @@ class LinkSender:
         if self._granted is None or grant.link > self._granted.link:
             self._granted, self._cursor, self._sequence = grant, None, 0
 
-    def rewound(self, position: int) -> None:
-        """Our log was cut at ``position`` (its history has recorded the rewind)."""
-        if self._cursor is not None:
-            self._cursor = min(self._cursor, position)
-
     def lost(self) -> None:
         """The link is gone, or leads to somebody else now."""
         self._granted = self._cursor = None
@@ -148,7 +163,8 @@ class LinkSender:
         if self._cursor is None:
             if self._granted.rewind > self._history.current:
                 return None  # the receiver knows a rewind that has not reached us yet
-            self._cursor = self._history.valid_prefix(self._granted.rewind, self._granted.position)
+            self._cursor, self._told = self._granted.position, self._granted.rewind
+        self._cursor = self._history.valid_prefix(self._told, self._cursor)
         if self._cursor >= log_end:
             return None
         due = Due(
@@ -157,6 +173,8 @@ class LinkSender:
             rewind=self._history.current,
             start=self._cursor,
             stop=min(log_end, self._cursor + max_rows),
+            past=self._history.since(self._told),
         )
         self._cursor, self._sequence = due.stop, self._sequence + 1
+        self._told = due.rewind
         return due

@@ -100,3 +100,46 @@ def test_memory_follows_use_not_reservation() -> None:
     keys, _ = lane.append(0, row, row)
     assert keys.untyped_storage().nbytes() <= 64 * 2 * 3 * 4
     assert SHAPE.bytes_per_token == 2 * 2 * 3 * 4
+
+
+@given(st.data())
+def test_lanes_take_the_place_of_others(data: st.DataObject) -> None:
+    """Beside a dumb twin: a list of numbers per lane; lanes with as much padding may be exchanged."""
+    padding = sorted(data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=5)))
+    cache = SessionCache(SHAPE, batch=len(padding), max_tokens=300, padding=padding)
+    twins: list[list[float]] = [[] for _ in padding]
+    alike = [[lane for lane, own in enumerate(padding) if own == skipped] for skipped in padding]
+    for number in range(data.draw(st.integers(1, 5))):
+        cache.reorder(())
+        order = [data.draw(st.sampled_from(lanes)) for lanes in alike]
+        cache.reorder(order)
+        twins = [list(twins[lane]) for lane in order]
+        rows = data.draw(st.integers(1, 60))
+        for lane, (own, twin) in enumerate(zip(cache.lanes, twins, strict=True)):
+            new = rows - cache.padding_rows(lane, cache.position, rows)
+            value = 10.0 * number + lane
+            if new:
+                own.append(0, torch.full((2, 3, new), value), torch.full((2, 3, new), -value))
+            twin += [value] * new
+        cache.advance(cache.position + rows)
+    for own, twin in zip(cache.lanes, twins, strict=True):
+        assert own.length == len(twin)
+        if twin:
+            keys, values = own.make_room(0, 0)
+            assert keys[1, 2, : own.length].tolist() == twin
+            assert values[0, 0, : own.length].tolist() == [-value for value in twin]
+
+
+def test_lanes_that_cannot_be_copied_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = SessionCache(SHAPE, batch=2, max_tokens=9)
+    cache.advance(3)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(LaneCache, "become", fail)
+    cache.reorder([1, 0])
+    assert cache.position == 3
+    with pytest.raises(MemoryError):
+        cache.reorder([1, 1])
+    assert cache.position == 0

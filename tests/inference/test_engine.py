@@ -158,6 +158,39 @@ def test_what_is_wrong_with_a_step_is_said_and_changes_nothing(engine: Engine) -
     )
 
 
+def test_rows_of_a_batch_go_on_from_others(engine: Engine) -> None:
+    """Beside sessions of one row each, which run the rows from which each of the batch has come."""
+    prompts = [rows(5, seed=seed) for seed in range(3)]
+    ends = [rows(1, seed=10 + seed) for seed in range(3)]
+    engine.open(b"batch", batch=3, max_tokens=8)
+    submit(engine, b"batch", 0, to_wire(torch.cat([to_torch(prompt) for prompt in prompts])))
+    last = to_wire(torch.cat([to_torch(end) for end in ends]))
+    together = submit(engine, b"batch", 5, last, order=(2, 2, 0)).result(timeout=60)
+    longer = to_wire(torch.cat([to_torch(last)] * 2, dim=1))
+    back = submit(engine, b"batch", 4, longer, order=(0, 2, 2)).result(timeout=60)
+    for lane, source in enumerate((2, 2, 0)):
+        name = b"alone %d" % lane
+        engine.open(name, batch=1, max_tokens=8)
+        submit(engine, name, 0, prompts[source])
+        alone = submit(engine, name, 5, ends[lane]).result(timeout=60)
+        torch.testing.assert_close(to_torch(together)[lane], to_torch(alone)[0])
+    for lane, source in enumerate((2, 0, 0)):
+        name = b"further back %d" % lane
+        engine.open(name, batch=1, max_tokens=8)
+        submit(engine, name, 0, prompts[source])
+        end = to_wire(to_torch(longer)[lane : lane + 1])
+        alone = submit(engine, name, 4, end).result(timeout=60)
+        torch.testing.assert_close(to_torch(back)[lane], to_torch(alone)[0])
+
+
+def test_a_row_cannot_go_on_from_one_with_other_padding(engine: Engine) -> None:
+    engine.open(b"s", batch=2, max_tokens=10, padding=(0, 1))
+    submit(engine, b"s", 0, rows(4, batch=2))
+    refused = submit(engine, b"s", 4, rows(1, batch=2), order=(1, 0))
+    assert "rows [1, 0] cannot take the places of a batch with padding [0, 1]" in error_of(refused)
+    submit(engine, b"s", 4, rows(1, batch=2)).result(timeout=60)
+
+
 def test_opening_badly(engine: Engine) -> None:
     engine.open(b"s", batch=1, max_tokens=1)
     for problem, arguments in {
@@ -319,7 +352,7 @@ def test_a_step_that_its_owner_cancelled_is_skipped(engine: Engine, gate: Gate) 
 
 def test_a_session_has_only_so_many_steps_waiting(engine: Engine, gate: Gate) -> None:
     for name in (b"s", b"t"):
-        engine.open(name, batch=1, max_tokens=20)
+        engine.open(name, batch=1, max_tokens=8)
     futures = [submit(engine, b"s", 0, rows(1))]
     assert gate.reached.acquire(timeout=60)
     futures += [submit(engine, b"s", 1 + n, rows(1)) for n in range(MAX_QUEUED_STEPS)]
@@ -368,7 +401,7 @@ def test_a_round_waits_for_those_who_always_come_at_once(
 
     monkeypatch.setattr(engine.blocks, "run", run_slowly)
     for name in (b"a", b"b", b"c"):
-        engine.open(name, batch=1, max_tokens=20)
+        engine.open(name, batch=1, max_tokens=8)
 
     def together(position: int) -> None:
         begun, go = threading.Event(), threading.Event()
@@ -487,7 +520,7 @@ def test_values_that_only_add_up_to_infinity_are_fine(
 
 def test_what_is_handed_out_is_no_part_of_the_batch(engine: Engine, gate: Gate) -> None:
     for name in (b"first", b"a", b"b"):
-        engine.open(name, batch=1, max_tokens=20)
+        engine.open(name, batch=1, max_tokens=8)
     submit(engine, b"first", 0, rows(1))
     assert gate.reached.acquire(timeout=60)
     futures = [submit(engine, b"a", 0, rows(1)), submit(engine, b"b", 0, rows(15))]
@@ -520,7 +553,7 @@ def test_many_threads_open_step_and_close(checkpoint: Checkpoint) -> None:
             for turn in range(5):
                 name = bytes([number, turn])
                 try:
-                    engine.open(name, batch=1, max_tokens=20)
+                    engine.open(name, batch=1, max_tokens=8)
                 except CacheFull:
                     continue
                 futures = [submit(engine, name, 0, rows(7)), submit(engine, name, 7, rows(1))]

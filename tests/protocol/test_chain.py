@@ -25,7 +25,7 @@ from petals.protocol.chain import (
     SessionTerms,
     Ticked,
 )
-from petals.protocol.checks import Peer
+from petals.protocol.checks import Peer, Rewind
 from petals.protocol.errors import LocalProtocolError, RemoteProtocolError
 from petals.protocol.frames import Open, Relink, Resume, State
 from petals.protocol.link import Due
@@ -37,14 +37,21 @@ from support.sessions import HIDDEN_SIZE, SESSION, hidden, letters, output
 NUM_BLOCKS = 6
 
 
-def make(*, batch: int = 1, max_tokens: int = 20, now: float = 0.0) -> Chain:
+def make(
+    *,
+    batch: int = 1,
+    padding: tuple[int, ...] = (),
+    max_tokens: int = 20,
+    span: Span = Span(0, NUM_BLOCKS),
+    now: float = 0.0,
+) -> Chain:
     terms = SessionTerms(
         session=SESSION,
         model="f00d",
-        num_blocks=NUM_BLOCKS,
+        span=span,
         hidden_size=HIDDEN_SIZE,
         batch=batch,
-        padding=(0,) * batch,
+        padding=padding or (0,) * batch,
         max_tokens=max_tokens,
         wire_dtype=DType.FLOAT16,
     )
@@ -61,8 +68,10 @@ def route(chain: Chain, hop_names: str, now: float = 0.0) -> list[Effect]:
     return chain.receive(Routed(hops(hop_names)), now)
 
 
-def running(hop_names: str = "a=0:2 b=2:4 c=4:6", *, batch: int = 1) -> Chain:
-    chain = make(batch=batch)
+def running(
+    hop_names: str = "a=0:2 b=2:4 c=4:6", *, batch: int = 1, padding: tuple[int, ...] = ()
+) -> Chain:
+    chain = make(batch=batch, padding=padding)
     route(chain, hop_names)
     for hop in chain.hops:
         chain.receive(HopReady(hop.peer.peer_id), 0.0)
@@ -155,7 +164,7 @@ def test_hops_may_come_in_any_order() -> None:
 )
 def test_a_route_that_is_no_chain_over_all_blocks_is_a_mistake(bad: str) -> None:
     chain = make()
-    with pytest.raises(LocalProtocolError, match="do not form a chain of 6 blocks"):
+    with pytest.raises(LocalProtocolError, match="do not form a chain of blocks 0:6"):
         route(chain, bad)
     assert (chain.epoch, chain.hops) == (0, ())
 
@@ -310,6 +319,35 @@ def test_only_rows_that_can_still_come_may_be_wanted(want_from: int) -> None:
 # --- going back -----------------------------------------------------------------------------------
 
 
+def test_sequences_take_the_place_of_others_with_the_next_step() -> None:
+    chain = running(batch=2)
+    chain.append(3, want_from=2, now=0.0)
+    chain.next_due(10)
+    chain.rewind(3, (1, 1))
+    assert (chain.length, chain.expected) == (3, 2)
+    chain.append(1, want_from=3, now=0.0)
+    assert chain.next_due(10) == Due(0, 1, 1, start=3, stop=4, past=(Rewind(1, 3, (1, 1)),))
+
+
+@pytest.mark.parametrize("order", [(), (0,), (0, 2), (1, 0)])
+def test_an_order_that_cannot_be_is_a_mistake(order: tuple[int, ...]) -> None:
+    chain = running(batch=2, padding=(0, 1))
+    chain.append(3, want_from=2, now=0.0)
+    with pytest.raises(LocalProtocolError, match="cannot"):
+        chain.rewind(3, order)
+
+
+def test_a_session_may_run_through_a_part_of_the_blocks() -> None:
+    chain = make(span=Span(2, 5), max_tokens=80)
+    assert chain.missing == [Span(2, 5)]
+    chain.append(70, want_from=69, now=0.0)
+    assert chain.offerable == 0
+    route(chain, "a=2:3 b=3:5")
+    assert chain.missing == []
+    effects = chain.receive(LinkCut("reset"), 0.0)
+    assert [type(effect) for effect in effects] == [LinkFirst]
+
+
 def test_going_back_cuts_the_tokens_and_the_next_step_says_so() -> None:
     chain = running()
     chain.append(5, want_from=4, now=0.0)
@@ -319,7 +357,7 @@ def test_going_back_cuts_the_tokens_and_the_next_step_says_so() -> None:
     assert (chain.length, chain.expected) == (2, 2)
     assert chain.next_due(10) is None
     chain.append(2, want_from=3, now=0.0)
-    assert chain.next_due(10) == Due(link=0, sequence=1, rewind=1, start=2, stop=4)
+    assert chain.next_due(10) == Due(0, 1, 1, start=2, stop=4, past=(Rewind(1, 2),))
 
 
 def test_going_back_to_where_less_is_expected_keeps_that() -> None:

@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from petals.protocol.checks import Peer
+from petals.protocol.checks import Peer, Rewind
 from petals.protocol.errors import ErrorCode, RemoteProtocolError
 from petals.protocol.frames import Open, Output, Probe, Relink, Resume, State, Step
 from petals.protocol.hop import (
@@ -165,7 +165,50 @@ def test_a_rewind_takes_effect_when_its_first_step_is_computed() -> None:
     assert (hop.position, hop.produced) == (4, 4)
     assert hop.next_outgoing(10) is None
     hop.receive(computed(back), 0.0)
-    assert hop.next_outgoing(10) == step("XY", 2, sequence=1, rewind=1, want_from=3)
+    past = (Rewind(1, 2),)
+    assert hop.next_outgoing(10) == step("XY", 2, sequence=1, rewind=1, want_from=3, past=past)
+
+
+def test_a_new_order_puts_the_log_in_it_and_goes_to_the_successor() -> None:
+    hop = make(opened(batch=2, padding=(0, 0)))
+    granted(hop)
+    run(hop, step("ab/kl"))
+    hop.next_outgoing(10)
+    past = (Rewind(1, 2, (1, 1)),)
+    run(hop, step("x/y", 2, sequence=1, rewind=1, past=past))
+    assert hop.next_outgoing(10) == step("X/Y", 2, sequence=1, rewind=1, past=past)
+    granted(hop, position=0, link=1)
+    assert hop.next_outgoing(10) == step("KLX/KLY", link=1, rewind=1, past=past)
+
+
+def test_a_replacement_knows_what_the_hop_behind_it_has_missed() -> None:
+    """What the hop before it knows comes with the first step, though nothing is held to reorder."""
+    hop = make(opened(batch=2, padding=(0, 0)))
+    past = (Rewind(6, 1, (0, 1)), Rewind(7, 2, (1, 0)))
+    run(hop, step("abc/klm", rewind=7, past=past))
+    granted(hop, position=2, rewind=6)
+    assert hop.next_outgoing(10) == step("C/M", 2, rewind=7, past=past[1:])
+    granted(hop, position=2, rewind=4, link=1)
+    everything = (Rewind(5, 0), *past)
+    assert hop.next_outgoing(10) == step("ABC/KLM", 0, link=1, rewind=7, past=everything)
+
+
+def test_a_replacement_that_was_told_of_nothing_sends_everything_again() -> None:
+    hop = make(opened(batch=2, padding=(0, 0)))
+    run(hop, step("abc/klm", rewind=7))
+    granted(hop, position=2, rewind=6)
+    assert hop.next_outgoing(10) == step("ABC/KLM", 0, rewind=7, past=(Rewind(7, 0),))
+
+
+@pytest.mark.parametrize("order", [(0,), (0, 1), (0, 1, 2, 3), (0, 1, 3), (1, 1, 2), (1, 0, 2)])
+def test_an_order_that_the_batch_cannot_take_is_refused(order: tuple[int, ...]) -> None:
+    hop = make(opened(batch=3, padding=(0, 1, 1)))
+    run(hop, step("abc/klm/uvw"))
+    bad = step("x/y/z", 3, sequence=1, rewind=1, past=(Rewind(1, 3, order),))
+    with pytest.raises(RemoteProtocolError, match="cannot take the places of a batch") as refusal:
+        hop.receive(bad, 0.0)
+    assert str(list(order)) in str(refusal.value)
+    assert hop.position == 3
 
 
 def test_a_successor_that_missed_a_rewind_is_cut_to_what_is_still_true() -> None:
@@ -176,7 +219,7 @@ def test_a_successor_that_missed_a_rewind_is_cut_to_what_is_still_true() -> None
     hop.receive(SuccessorLost(), 0.0)
     run(hop, step("x", 1, sequence=1, rewind=1))
     granted(hop, link=1, position=4, rewind=0)
-    assert hop.next_outgoing(10) == step("X", 1, link=1, rewind=1)
+    assert hop.next_outgoing(10) == step("X", 1, link=1, rewind=1, past=(Rewind(1, 1),))
 
 
 # --- back to the originator -----------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import pytest
+from petals.protocol.checks import MAX_PAST, Rewind
 from petals.protocol.errors import RemoteProtocolError
 from petals.protocol.frames import Resume
 from petals.protocol.link import Due, LinkReceiver, LinkSender, Verdict
@@ -92,6 +93,33 @@ def test_a_sender_that_contradicts_itself_is_refused(
     assert (receiver.position, receiver.sequence, receiver.rewind) == (3, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("past", "complaint"),
+    [
+        ((Rewind(2, 3),), "rewind 2 to 3, told of behind rewind 2 by a step at 2"),
+        ((Rewind(4, 3), Rewind(4, 3)), "rewind 4 to 3, told of behind rewind 4 by a step at 2"),
+        ((Rewind(3, 1), Rewind(4, 3)), "rewind 3 to 1, told of behind rewind 2 by a step at 2"),
+        ((Rewind(3, 3),), "a step of rewind 4 that tells of rewinds up to 3"),
+        ((Rewind(5, 3),), "a step of rewind 4 that tells of rewinds up to 5"),
+    ],
+)
+def test_a_sender_that_tells_of_rewinds_that_cannot_be_is_refused(
+    past: tuple[Rewind, ...], complaint: str
+) -> None:
+    receiver = received("abcd")
+    receiver.take(step("x", 2, sequence=1, rewind=2))
+    with pytest.raises(RemoteProtocolError) as refusal:
+        receiver.take(step("y", 2, sequence=2, rewind=4, past=past))
+    assert str(refusal.value) == complaint
+    assert (receiver.position, receiver.sequence, receiver.rewind) == (3, 2, 2)
+
+
+def test_a_step_that_begins_no_rewind_tells_of_none() -> None:
+    receiver = received("ab")
+    with pytest.raises(RemoteProtocolError, match="told of behind rewind 0"):
+        receiver.take(step("c", 2, sequence=1, past=(Rewind(0, 2),)))
+
+
 def test_a_receiver_shows_its_state() -> None:
     assert repr(received("ab")) == "LinkReceiver(link=0, sequence=1, position=2, rewind=0)"
 
@@ -160,9 +188,8 @@ def test_a_rewind_takes_the_cursor_back() -> None:
     sender.assume_fresh()
     sender.next(5, 10)
     history.record(1, 3)
-    sender.rewound(3)
     assert sender.next(3, 10) is None
-    assert sender.next(4, 10) == Due(link=0, sequence=1, rewind=1, start=3, stop=4)
+    assert sender.next(4, 10) == Due(0, 1, 1, start=3, stop=4, past=(Rewind(1, 3),))
 
 
 def test_a_rewind_beyond_the_cursor_leaves_it_alone() -> None:
@@ -171,17 +198,15 @@ def test_a_rewind_beyond_the_cursor_leaves_it_alone() -> None:
     sender.assume_fresh()
     sender.next(9, 2)
     history.record(1, 5)
-    sender.rewound(5)
-    assert sender.next(6, 10) == Due(link=0, sequence=1, rewind=1, start=2, stop=6)
+    assert sender.next(6, 10) == Due(0, 1, 1, start=2, stop=6, past=(Rewind(1, 5),))
 
 
 def test_a_receiver_that_missed_a_rewind_gets_what_it_has_cut() -> None:
     history = RewindHistory()
     sender = LinkSender(history)
     history.record(1, 3)
-    sender.rewound(3)
     sender.resumed(Resume(link=1, position=5, rewind=0))
-    assert sender.next(4, 10) == Due(link=1, sequence=0, rewind=1, start=3, stop=4)
+    assert sender.next(4, 10) == Due(1, 0, 1, start=3, stop=4, past=(Rewind(1, 3),))
 
 
 def test_a_receiver_that_knows_a_later_rewind_waits_until_it_reaches_us() -> None:
@@ -191,6 +216,37 @@ def test_a_receiver_that_knows_a_later_rewind_waits_until_it_reaches_us() -> Non
     assert sender.next(6, 10) is None
     history.record(1, 3)
     assert sender.next(6, 10) == Due(link=1, sequence=0, rewind=1, start=4, stop=6)
+
+
+def test_every_receiver_is_told_of_the_orders_that_it_has_missed_and_of_no_other() -> None:
+    history = RewindHistory()
+    sender = LinkSender(history)
+    sender.assume_fresh()
+    sender.next(3, 10)
+    history.record(1, 3, (0, 0))
+    first = sender.next(4, 10)
+    assert first == Due(0, 1, 1, start=3, stop=4, past=(Rewind(1, 3, (0, 0)),))
+    history.record(2, 4, (1, 0))
+    assert sender.next(4, 10) is None
+    second = sender.next(5, 10)
+    assert second == Due(0, 2, 2, start=4, stop=5, past=(Rewind(2, 4, (1, 0)),))
+    sender.resumed(Resume(link=1, position=3, rewind=0))
+    third = sender.next(5, 10)
+    both = (Rewind(1, 3, (0, 0)), Rewind(2, 4, (1, 0)))
+    assert third == Due(1, 0, 2, start=3, stop=5, past=both)
+
+
+def test_a_receiver_that_has_missed_more_orders_than_are_known_gets_everything() -> None:
+    history = RewindHistory()
+    sender = LinkSender(history)
+    for rewind in range(1, MAX_PAST + 2):
+        history.record(rewind, 9, (1, 0))
+    sender.resumed(Resume(link=1, position=9, rewind=0))
+    due = sender.next(10, 100)
+    assert due is not None and (due.start, len(due.past)) == (0, MAX_PAST)
+    sender.resumed(Resume(link=2, position=9, rewind=1))
+    due = sender.next(10, 100)
+    assert due is not None and (due.start, len(due.past)) == (9, MAX_PAST)
 
 
 def test_a_lost_link_sends_nothing_and_resumes_under_any_number() -> None:

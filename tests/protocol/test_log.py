@@ -1,7 +1,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from petals.protocol.log import OutputLog, RewindHistory
+from petals.protocol.checks import MAX_PAST, Rewind
+from petals.protocol.log import OutputLog, RewindHistory, combined
 from petals.protocol.tensor import DType, WireTensor
 from support.sessions import HIDDEN_SIZE, hidden, letters
 
@@ -79,6 +80,33 @@ def test_a_log_shows_what_it_holds() -> None:
     assert repr(log_of("ab", "c")) == "OutputLog(0..3, float16 [1, rows, 2])"
 
 
+def test_sequences_take_the_place_of_others_without_a_copy() -> None:
+    log = log_of("ab/kl/uv", batch=3)
+    log.reorder((2, 0, 0))
+    assert letters(log.read(0, 2)) == "uv/ab/ab"
+    log.append(hidden("c/m/w"))
+    log.reorder((1, 1, 2))
+    assert letters(log.read(0, 3)) == "abm/abm/abw"
+    log.truncate(1)
+    assert letters(log.read(0, 1)) == "a/a/a"
+    log.reorder(())
+    log.append(hidden("x/y/z"))
+    assert letters(log.read(0, 2)) == "ax/ay/az"
+
+
+def test_a_chunk_that_is_cut_keeps_its_order() -> None:
+    log = log_of("abc/klm", batch=2)
+    log.reorder((1, 0))
+    log.truncate(2)
+    assert letters(log.read(0, 2)) == "kl/ab"
+
+
+def test_orders_are_combined_one_after_the_other() -> None:
+    assert combined([]) == ()
+    assert combined([Rewind(1, 9, (1, 1, 0)), Rewind(2, 9), Rewind(3, 9, (2, 0, 1))]) == (0, 1, 1)
+    assert combined([Rewind(1, 9, (1, 0)), Rewind(2, 9, (1, 0))]) == ()
+
+
 @given(batch=st.integers(1, 3), data=st.data())
 def test_a_log_is_a_list_of_rows(batch: int, data: st.DataObject) -> None:
     log = OutputLog(batch, HIDDEN_SIZE, DType.FLOAT16)
@@ -92,7 +120,9 @@ def test_a_log_is_a_list_of_rows(batch: int, data: st.DataObject) -> None:
         else:
             position = data.draw(st.integers(0, len(twin) + 1))
             log.truncate(position)
-            del twin[position:]
+            order = data.draw(st.tuples(*[st.integers(0, batch - 1)] * batch))
+            log.reorder(order)
+            twin = ["".join(rows[lane] for lane in order) for rows in twin[:position]]
         assert log.end == len(twin)
         if twin:
             start = data.draw(st.integers(0, len(twin) - 1))
@@ -166,3 +196,33 @@ def test_a_history_knows_what_a_log_with_every_version_kept_knows(data: st.DataO
             still_true = sum(row in log for row in held)
             assert history.valid_prefix(held_at, position) == still_true
             assert log[:still_true] == held[:still_true]
+
+
+def test_the_latest_rewinds_are_known_with_their_orders() -> None:
+    history = RewindHistory()
+    rewinds = [Rewind(number, 5, (1, 0)) for number in range(1, MAX_PAST + 3)]
+    for rewind in rewinds:
+        history.record(*rewind)
+    assert history.since(0) == tuple(rewinds[2:])
+    assert history.since(MAX_PAST) == tuple(rewinds[MAX_PAST:])
+    assert history.since(MAX_PAST + 2) == ()
+
+
+def test_what_was_held_before_an_order_that_is_forgotten_cannot_be_used() -> None:
+    history = RewindHistory()
+    history.record(1, 5, (1, 0))
+    for rewind in range(2, MAX_PAST + 3):
+        history.record(rewind, 5)  # that these are forgotten, too, harms nobody
+    assert history.valid_prefix(0, 3) == 0
+    assert history.valid_prefix(1, 3) == 3
+
+
+def test_a_history_takes_over_what_its_sender_tells() -> None:
+    history = RewindHistory()
+    history.record(1, 8)
+    history.adopt(9, 4, (Rewind(8, 6, (1, 0)), Rewind(9, 5)))
+    assert history.current == 9
+    assert history.since(7) == (Rewind(8, 6, (1, 0)), Rewind(9, 5))
+    assert [history.valid_prefix(rewind, 9) for rewind in (1, 7, 8, 9)] == [4, 5, 5, 9]
+    history.adopt(10, 9, (Rewind(10, 9, (0, 0)),))
+    assert history.since(9) == (Rewind(10, 9, (0, 0)),)

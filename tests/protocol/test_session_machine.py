@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from petals.protocol import prefix
+from petals.protocol import log, prefix
 from petals.protocol.chain import ChainState
 from petals.protocol.span import Span
 from support.ring_world import MAX_TOKENS, ME, NUM_BLOCKS, RingWorld, reference
@@ -23,11 +23,13 @@ branches = st.sampled_from([0, 0, 0, 1])
 
 
 class Ring(RuleBasedStateMachine):
+    batch = 1
+
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(prefix, "PREFIX_ROWS", 3)
-        self.world = RingWorld(split(frozenset({2, 4}), Span(0, NUM_BLOCKS)))
+        self.world = RingWorld(split(frozenset({2, 4}), Span(0, NUM_BLOCKS)), self.batch)
 
     def pick(self, data: st.DataObject) -> str:
         return data.draw(st.sampled_from(sorted(self.world.wires)))
@@ -170,5 +172,30 @@ class Ring(RuleBasedStateMachine):
         assert ME in world.wires
 
 
+class BeamRing(Ring):
+    """Sequences of a batch take the place of others, as in beam search."""
+
+    batch = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch.setattr(log, "MAX_PAST", 4)
+
+    @precondition(lambda self: 0 < len(self.world.tokens) < MAX_TOKENS)
+    @rule(data=st.data(), order=st.tuples(*[st.integers(0, 2)] * 3), rounds=st.integers(1, 6))
+    def reorder(self, data: st.DataObject, order: tuple[int, ...], rounds: int) -> None:
+        """As a beam search goes on: at the end, a token, and again; now and then it goes back."""
+        tokens = self.world.tokens
+        for _ in range(min(rounds, MAX_TOKENS - len(tokens))):
+            length = len(self.world.tokens)
+            back = data.draw(st.sampled_from([0, 0, 0, 0, 1, 2, length]))
+            self.world.rewind(max(0, length - back), order)
+            self.world.append(1, 1)
+            for _ in range(data.draw(st.integers(0, 4))):
+                self.world.advance(3)
+
+
 Ring.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 TestRing = Ring.TestCase
+BeamRing.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestBeamRing = BeamRing.TestCase

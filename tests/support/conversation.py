@@ -154,7 +154,7 @@ class Conversation:
         terms = SessionTerms(
             session=SESSION,
             model="f00d",
-            num_blocks=6,
+            span=Span(0, 6),
             hidden_size=HIDDEN_SIZE,
             batch=1,
             padding=(0,),
@@ -264,7 +264,8 @@ class Conversation:
         if due is not None:
             tokens = hidden(self._tokens[due.start : due.stop])
             frame = Step(
-                due.link, due.sequence, due.rewind, due.start, self._chain.expected, tokens
+                due.link, due.sequence, due.rewind, due.start, self._chain.expected, tokens,
+                past=due.past,
             )
             self._pass(ME, self._links[ME], frame)
             return True

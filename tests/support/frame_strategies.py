@@ -3,7 +3,15 @@
 import math
 
 from hypothesis import strategies as st
-from petals.protocol.checks import MAX_BATCH, MAX_BLOCKS, MAX_COUNTER, MAX_TOKENS, Peer
+from petals.protocol.checks import (
+    MAX_BATCH,
+    MAX_BLOCKS,
+    MAX_COUNTER,
+    MAX_PAST,
+    MAX_TOKENS,
+    Peer,
+    Rewind,
+)
 from petals.protocol.errors import ErrorCode
 from petals.protocol.frames import (
     Close,
@@ -31,6 +39,8 @@ positions = st.integers(0, MAX_TOKENS)
 peer_ids = st.text(max_size=128)
 sessions = st.binary(min_size=16, max_size=16)
 digests = st.lists(st.binary(min_size=32, max_size=32), max_size=128).map(tuple)
+orders = st.lists(st.integers(0, MAX_BATCH - 1), max_size=MAX_BATCH).map(tuple)
+pasts = st.lists(st.builds(Rewind, counters, positions, orders), max_size=MAX_PAST).map(tuple)
 codes = st.sampled_from(ErrorCode)
 reasons = st.text(max_size=100)
 peers = st.builds(Peer, peer_ids, st.lists(st.text(max_size=256), max_size=8).map(tuple))
@@ -74,7 +84,9 @@ FRAME_STRATEGIES: dict[str, st.SearchStrategy[Frame]] = {
     "refused": st.builds(Refused, codes, reasons, st.none() | st.floats(0, 86_400)),
     "link": st.builds(Link, sessions, counters),
     "resume": st.builds(Resume, counters, positions, counters),
-    "step": st.builds(Step, counters, counters, counters, positions, positions, tensors(), digests),
+    "step": st.builds(
+        Step, counters, counters, counters, positions, positions, tensors(), digests, pasts
+    ),
     "output": st.builds(Output, counters, positions, tensors()),
     "relink": st.builds(Relink, counters, peer_ids, st.none() | peers),
     "probe": st.builds(Probe, counters),

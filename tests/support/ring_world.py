@@ -1,8 +1,8 @@
 """A ring of hops in one thread, over links that drop, duplicate, delay and break.
 
 The forward pass is SHA-256: a block's output at a position depends on its own number and on all
-inputs up to that position, so a row that was skipped, repeated or computed from anything but the
-right inputs gives an output that differs, whatever the split into hops.
+inputs of its sequence up to that position, so a row that was skipped, repeated or computed from
+anything but the right inputs gives an output that differs, whatever the split into hops.
 
 Peers keep what they have computed under the labels that their hops give it, and restore it for later
 sessions. Two things under one label fail at once, in whichever session.
@@ -10,7 +10,9 @@ sessions. Two things under one label fail at once, in whichever session.
 
 import collections
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from petals.protocol.chain import (
     Chain,
@@ -56,9 +58,18 @@ NUM_BLOCKS = 6
 MAX_TOKENS = 40
 ME = "me"
 
+T = TypeVar("T")
 
-def embed(token: int) -> bytes:
-    return hashlib.sha256(b"token %d" % token).digest()
+Row = tuple[bytes, ...]
+"""At one position, a digest of each sequence of the batch."""
+
+
+def reordered(rows: Iterable[tuple[T, ...]], order: tuple[int, ...]) -> list[tuple[T, ...]]:
+    return [tuple(row[lane] for lane in order) if order else row for row in rows]
+
+
+def embed(tokens: tuple[int, ...]) -> Row:
+    return tuple(hashlib.sha256(b"token %d" % token).digest() for token in tokens)
 
 
 class Cache:
@@ -66,16 +77,22 @@ class Cache:
 
     def __init__(self, span: Span) -> None:
         self.span = span
-        self.states: list[list[bytes]] = [[] for _ in range(len(span))]
+        self.states: list[list[Row]] = [[] for _ in range(len(span))]
 
-    def run(self, position: int, rows: list[bytes]) -> list[bytes]:
-        for block, states in zip(range(self.span.start, self.span.end), self.states, strict=True):
+    def run(self, position: int, rows: list[Row], order: tuple[int, ...] = ()) -> list[Row]:
+        for index, block in enumerate(range(self.span.start, self.span.end)):
+            states = reordered(self.states[index], order)
             assert position <= len(states), f"a gap: {len(states)} cached, step at {position}"
             del states[position:]
             for row in rows:
-                before = states[-1] if states else b""
-                states.append(hashlib.sha256(b"%d " % block + before + row).digest())
-            rows = states[position:]
+                before = states[-1] if states else (b"",) * len(row)
+                states.append(
+                    tuple(
+                        hashlib.sha256(b"%d " % block + old + new).digest()
+                        for old, new in zip(before, row, strict=True)
+                    )
+                )
+            rows, self.states[index] = states[position:], states
         return rows
 
 
@@ -83,21 +100,24 @@ class Cache:
 class Kept:
     """What a peer has stored under a label: states per block, outputs."""
 
-    states: list[list[bytes]]
-    outputs: list[bytes]
+    states: list[list[Row]]
+    outputs: list[Row]
 
 
-def reference(tokens: list[int]) -> list[bytes]:
-    return Cache(Span(0, NUM_BLOCKS)).run(0, [embed(token) for token in tokens])
+def reference(tokens: list[tuple[int, ...]]) -> list[Row]:
+    return Cache(Span(0, NUM_BLOCKS)).run(0, [embed(at_once) for at_once in tokens])
 
 
-def to_tensor(rows: list[bytes]) -> WireTensor:
-    return WireTensor(DType.FLOAT32, (1, len(rows), HIDDEN_SIZE), b"".join(rows))
+def to_tensor(rows: list[Row]) -> WireTensor:
+    lanes = list(zip(*rows, strict=True))
+    data = b"".join(digest for lane in lanes for digest in lane)
+    return WireTensor(DType.FLOAT32, (len(lanes), len(rows), HIDDEN_SIZE), data)
 
 
-def to_rows(tensor: WireTensor) -> list[bytes]:
-    data = bytes(tensor.data)
-    return [data[at : at + 32] for at in range(0, len(data), 32)]
+def to_rows(tensor: WireTensor) -> list[Row]:
+    data, rows = bytes(tensor.data), tensor.shape[1]
+    digests = [data[at : at + 32] for at in range(0, len(data), 32)]
+    return [tuple(digests[at::rows]) for at in range(rows)]
 
 
 @dataclass
@@ -107,7 +127,7 @@ class Relay:
     hop: Hop
     cache: Cache
     steps: collections.deque[Compute] = field(default_factory=collections.deque)
-    outputs: list[bytes] = field(default_factory=list)
+    outputs: list[Row] = field(default_factory=list)
     rows_computed: int = 0
     rows_restored: int = 0
 
@@ -125,8 +145,9 @@ class Wire:
 class RingWorld:
     """A session, its chain, its relays, and the wires between them; and others after it."""
 
-    def __init__(self, spans: list[Span]) -> None:
+    def __init__(self, spans: list[Span], batch: int = 1) -> None:
         self.now = 0.0
+        self.batch = batch
         self.stores: dict[str, dict[bytes, Kept]] = collections.defaultdict(dict)
         """By peer id and storage key."""
         self._names = 0
@@ -141,21 +162,21 @@ class RingWorld:
         self.route(spans)
 
     def _start(self) -> None:
-        self.tokens: list[int] = []
+        self.tokens: list[tuple[int, ...]] = []
         self.relays: dict[str, Relay] = {}
         self.wires: dict[str, Wire] = {}
         """By sender."""
         self.given_up: set[str] = set()
         """Senders that do not dial their successor any more until they are told to."""
-        self.delivered: dict[int, bytes] = {}
+        self.delivered: dict[int, Row] = {}
         self._dead: set[str] = set()
         terms = SessionTerms(
             session=bytes(16),
             model="f" * 64,
-            num_blocks=NUM_BLOCKS,
+            span=Span(0, NUM_BLOCKS),
             hidden_size=HIDDEN_SIZE,
-            batch=1,
-            padding=(0,),
+            batch=self.batch,
+            padding=(0,) * self.batch,
             max_tokens=MAX_TOKENS,
             wire_dtype=DType.FLOAT32,
         )
@@ -167,7 +188,8 @@ class RingWorld:
         """Fill the chain's missing blocks with new relays, or with one of that name."""
         hops = [ChainHop(Peer(name or self._name(span)), span) for span in spans]
         inputs = HashedInputs(HIDDEN_SIZE, DType.FLOAT32)
-        inputs.take(0, len(self.tokens), b"".join(map(embed, self.tokens)))
+        if self.batch == 1:
+            inputs.take(0, len(self.tokens), b"".join(digest for row in self.tokens for digest in embed(row)))
         self._apply(self.chain.receive(Routed(hops, inputs.digests), self.now))
         self._all_ready()
 
@@ -236,14 +258,19 @@ class RingWorld:
     def append(self, count: int, want: int, branch: int = 0) -> None:
         """The text goes on; on the same branch with the same tokens as in any other session."""
         start = len(self.tokens)
-        self.tokens += [1000 * branch + start + index for index in range(count)]
+        self.tokens += [
+            tuple(10_000 * lane + 1000 * branch + start + index for lane in range(self.batch))
+            for index in range(count)
+        ]
         self.now += 1
         self.chain.append(count, want_from=len(self.tokens) - want, now=self.now)
 
-    def rewind(self, position: int) -> None:
-        self.chain.rewind(position)
-        del self.tokens[position:]
-        self.delivered = {at: row for at, row in self.delivered.items() if at < position}
+    def rewind(self, position: int, order: tuple[int, ...] = ()) -> None:
+        self.chain.rewind(position, order)
+        self.tokens = reordered(self.tokens[:position], order)
+        kept = [at for at in self.delivered if at < position]
+        rows = reordered([self.delivered[at] for at in kept], order)
+        self.delivered = dict(zip(kept, rows, strict=True))
 
     def close(self) -> None:
         self._apply(self.chain.receive(Closed("done"), self.now))
@@ -273,7 +300,7 @@ class RingWorld:
         if held is not None and same_session(held.hop.opened, opened):
             self._tell(peer_id, Reopened(opened))
             return
-        cache, outputs = Cache(opened.span), list[bytes]()
+        cache, outputs = Cache(opened.span), list[Row]()
         for key in reversed(offered_keys(opened)):
             if (kept := self.stores[peer_id].get(key)) is not None:
                 cache.states = [list(states) for states in kept.states]
@@ -316,9 +343,8 @@ class RingWorld:
         compute = relay.steps.popleft()
         step, rows = compute.step, to_rows(compute.step.hidden)
         relay.rows_computed += len(rows)
-        output = relay.cache.run(step.position, rows)
-        del relay.outputs[step.position :]
-        relay.outputs += output
+        output = relay.cache.run(step.position, rows, step.order)
+        relay.outputs = relay.outputs[: step.position] + output
         for position, key in compute.labels:
             states = [states[:position] for states in relay.cache.states]
             kept = Kept(states, relay.outputs[:position])
@@ -367,7 +393,10 @@ class RingWorld:
             return False
         hidden = to_tensor([embed(token) for token in self.tokens[due.start : due.stop]])
         wire.forward.append(
-            Step(due.link, due.sequence, due.rewind, due.start, self.chain.expected, hidden)
+            Step(
+                due.link, due.sequence, due.rewind, due.start, self.chain.expected, hidden,
+                past=due.past,
+            )
         )
         return True
 

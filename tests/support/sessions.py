@@ -4,7 +4,7 @@ Two float16 elements are four bytes, so the row ``a`` is ``b"aaaa"``. A batch of
 is written ``abc/ABC``: three positions of two sequences.
 """
 
-from petals.protocol.checks import Peer
+from petals.protocol.checks import Peer, Rewind
 from petals.protocol.frames import Open, Output, Step
 from petals.protocol.span import Span
 from petals.protocol.tensor import DType, WireTensor
@@ -39,8 +39,9 @@ def step(
     rewind: int = 0,
     want_from: int = 0,
     vouched: tuple[bytes, ...] = (),
+    past: tuple[Rewind, ...] = (),
 ) -> Step:
-    return Step(link, sequence, rewind, position, want_from, hidden(rows), vouched)
+    return Step(link, sequence, rewind, position, want_from, hidden(rows), vouched, past)
 
 
 def output(rows: str, position: int, *, rewind: int = 0) -> Output:
