@@ -17,7 +17,7 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from ..protocol.errors import ConfigError
-from .libp2p_guards import Listener
+from .libp2p_sockets import Listener
 
 logger = logging.getLogger(__name__)
 

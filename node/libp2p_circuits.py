@@ -42,9 +42,11 @@ from .libp2p_circuit_addresses import (
     with_peer,
     without_peer,
 )
-from .libp2p_guards import DialError, ExactReader, GuardedSwarm, yamux_of, yamux_stream_of
-from .libp2p_negotiation import negotiate, receive_message, send_message
-from .libp2p_relay import HOP, MESSAGE_BYTES, MESSAGE_SECONDS
+from .libp2p_negotiation import MESSAGE_SECONDS, negotiate, receive_message, send_message
+from .libp2p_relay import HOP
+from .libp2p_sockets import ExactReader
+from .libp2p_swarm import DialError, GuardedSwarm
+from .libp2p_yamux import yamux_of, yamux_stream_of
 from .libp2p_yamux_stream import YamuxStream
 
 logger = logging.getLogger(__name__)
@@ -177,9 +179,7 @@ class Reservations:
         """Serve a circuit that a relay brings, until it closes."""
         stream = yamux_stream_of(net_stream)
         relay = stream.muxed_conn.peer_id
-        request = await receive_message(
-            stream, StopMessage, limit=MESSAGE_BYTES, seconds=MESSAGE_SECONDS
-        )
+        request = await receive_message(stream, StopMessage)
         status: Status.ValueType = OK
         through = self._held.get(relay)
         if through is None:
@@ -260,7 +260,7 @@ class Reservations:
 
 async def _ask(stream: YamuxStream, request: HopMessage, *, seconds: float) -> HopMessage:
     await send_message(stream, request)
-    answer = await receive_message(stream, HopMessage, limit=MESSAGE_BYTES, seconds=seconds)
+    answer = await receive_message(stream, HopMessage, seconds=seconds)
     if answer.type != HopMessage.STATUS:
         raise MuxedStreamError("it answers something else than it was asked")
     return answer

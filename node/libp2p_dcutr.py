@@ -31,8 +31,9 @@ from libp2p.stream_muxer.exceptions import MuxedStreamError
 from multiaddr import Multiaddr
 
 from .libp2p_dialback import host_of
-from .libp2p_guards import DialError, GuardedSwarm, is_relayed, yamux_of, yamux_stream_of
 from .libp2p_negotiation import negotiate, receive_message, send_message
+from .libp2p_swarm import DialError, GuardedSwarm, is_relayed
+from .libp2p_yamux import yamux_of, yamux_stream_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,6 @@ stay on the connection that they were opened on."""
 _LEAST_SECONDS = 0.5
 _ROUND_TRIPS = 10  # over the relay, that an upgrade takes
 _UNKNOWN_ROUND_TRIP = 0.1
-_MESSAGE_BYTES = 4096
-_MESSAGE_SECONDS = 5.0
 _PUNCH_SECONDS = 5.0
 _ADDRESSES = 3
 _PAUSE = 0.1  # between two dials of one address that was refused
@@ -115,9 +114,7 @@ class HolePuncher:
             try:
                 started = trio.current_time()
                 await send_message(stream, self._connect_message(source))
-                answer = await receive_message(
-                    stream, HolePunch, limit=_MESSAGE_BYTES, seconds=_MESSAGE_SECONDS
-                )
+                answer = await receive_message(stream, HolePunch)
                 round_trip = trio.current_time() - started
                 await send_message(stream, HolePunch(type=HolePunch.SYNC))
             finally:
@@ -136,11 +133,9 @@ class HolePuncher:
         if stream.muxed_conn.get_connection_type() is not ConnectionType.RELAYED:
             return
         with _source(self._port()) as source:
-            question = await receive_message(
-                stream, HolePunch, limit=_MESSAGE_BYTES, seconds=_MESSAGE_SECONDS
-            )
+            question = await receive_message(stream, HolePunch)
             await send_message(stream, self._connect_message(source))
-            await receive_message(stream, HolePunch, limit=_MESSAGE_BYTES, seconds=_MESSAGE_SECONDS)
+            await receive_message(stream, HolePunch)
             try:
                 raw = await self._punch(_dialled(question), source)
                 self._punched.add(peer)

@@ -24,13 +24,13 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from multiaddr import Multiaddr
 
-from .libp2p_guards import DialError, GuardedSwarm, yamux_stream_of
 from .libp2p_negotiation import negotiate, receive_message, send_message
+from .libp2p_swarm import DialError, GuardedSwarm
+from .libp2p_yamux import yamux_stream_of
 
 logger = logging.getLogger(__name__)
 
 AUTONAT = TProtocol("/libp2p/autonat/1.0.0")
-_MESSAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ class DialBack:
         try:
             stream = await negotiate(connection, AUTONAT)
             await send_message(stream, question)
-            answer = await receive_message(
-                stream, Message, limit=_MESSAGE_BYTES, seconds=self._limits.answer_seconds
-            )
+            answer = await receive_message(stream, Message, seconds=self._limits.answer_seconds)
         except (DialError, MuxedStreamError) as error:
             logger.debug("%s does not dial back: %s", connection.muxed_conn.peer_id, error)
             return None
@@ -99,9 +97,7 @@ class DialBack:
     async def answer(self, net_stream: INetStream) -> None:
         """Dial back the peer that asks, and tell it what came of it."""
         stream = yamux_stream_of(net_stream)
-        question = await receive_message(
-            stream, Message, limit=_MESSAGE_BYTES, seconds=self._limits.answer_seconds
-        )
+        question = await receive_message(stream, Message)
         peer, remote = stream.muxed_conn.peer_id, stream.get_remote_address()
         relayed = stream.muxed_conn.get_connection_type() is ConnectionType.RELAYED
         reply = Message.DialResponse(status=Message.E_DIAL_REFUSED)

@@ -16,9 +16,13 @@ from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicat
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.utils import encode_delim, encode_varint_prefixed
 
-from .libp2p_guards import DialError
+from .libp2p_swarm import DialError
 from .libp2p_yamux_stream import YamuxStream
 
+MESSAGE_BYTES = 4096
+"""The longest message that is read, if nothing else is said; real ones of most protocols are below 1 KB."""
+MESSAGE_SECONDS = 5.0
+"""How long one is waited for, likewise."""
 _MULTISTREAM = "/multistream/1.0.0"
 
 M = TypeVar("M", bound=Message)
@@ -50,7 +54,13 @@ async def send_message(stream: YamuxStream, message: Message) -> None:
     await stream.write(encode_varint_prefixed(message.SerializeToString()))
 
 
-async def receive_message(stream: YamuxStream, kind: type[M], *, limit: int, seconds: float) -> M:
+async def receive_message(
+    stream: YamuxStream,
+    kind: type[M],
+    *,
+    limit: int = MESSAGE_BYTES,
+    seconds: float = MESSAGE_SECONDS,
+) -> M:
     """The next protobuf. Raises MuxedStreamError if it is none, too long, or late."""
     message = kind()
     try:

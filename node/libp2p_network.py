@@ -1,9 +1,9 @@
 """The network ports on py-libp2p: TCP, Noise, Yamux, Kademlia; nothing else of it is used.
 
 This file and its neighbours ``libp2p_*.py`` are the only ones that import libp2p (which takes more
-than a second: import them late). ``libp2p_yamux`` carries streams, ``libp2p_guards`` holds the
-library's host in bounds, ``libp2p_directory`` keeps the announcements, ``libp2p_addresses`` reads
-and writes addresses; here is what the node sees.
+than a second: import them late). ``libp2p_yamux`` carries streams, ``libp2p_swarm`` and
+``libp2p_host`` hold the library in bounds, ``libp2p_directory`` keeps the announcements,
+``libp2p_addresses`` reads and writes addresses; here is what the node sees.
 
 Rules of this file: everything runs in the one nursery of ``open_network`` and ends with it; every
 call has a deadline; what the library raises becomes ``PeerError`` (the peer) or ``ConfigError``
@@ -41,20 +41,12 @@ from .libp2p_circuits import CircuitLimits
 from .libp2p_dcutr import DCUTR, HolePuncher
 from .libp2p_dialback import DialBackLimits
 from .libp2p_directory import DirectoryLimits, Libp2pDirectory, MergeEntries
-from .libp2p_guards import (
-    DialError,
-    GuardedHost,
-    GuardedSwarm,
-    HostLimits,
-    is_relayed,
-    key_pair_of,
-    yamux_of,
-    yamux_stream_of,
-)
+from .libp2p_host import GuardedHost
 from .libp2p_negotiation import negotiate
 from .libp2p_reachability import ReachabilityKeeper
 from .libp2p_relay import RelayLimits
-from .libp2p_yamux import Traffic
+from .libp2p_swarm import DialError, GuardedSwarm, HostLimits, is_relayed, key_pair_of
+from .libp2p_yamux import Traffic, yamux_of, yamux_stream_of
 from .libp2p_yamux_stream import YamuxStream
 from .mdns import LanPeers
 from .network import NetworkStatistics, Stream, StreamHandler

@@ -24,8 +24,10 @@ from multiaddr import Multiaddr
 from .libp2p_addresses import announced_addresses, interface_hosts, is_loopback
 from .libp2p_circuits import CircuitLimits, CircuitTransport, Reservations
 from .libp2p_dialback import AUTONAT, DialBack, DialBackLimits, host_of
-from .libp2p_guards import GuardedHost, GuardedSwarm, yamux_of
+from .libp2p_host import GuardedHost
 from .libp2p_relay import HOP, STOP, CircuitRelay, RelayLimits
+from .libp2p_swarm import GuardedSwarm
+from .libp2p_yamux import yamux_of
 from .reachability import Reach, Reachability, Vote, verdict
 from .upnp.forwarding import ForwardingLimits, PortForwarding
 from .wakeup import Signal

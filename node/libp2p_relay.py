@@ -42,17 +42,15 @@ from libp2p.relay.circuit_v2.pb.circuit_pb2 import PeerId as CircuitPeer
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from multiaddr import Multiaddr
 
-from .libp2p_guards import DialError, GuardedSwarm, yamux_stream_of
-from .libp2p_negotiation import negotiate, receive_message, send_message
+from .libp2p_negotiation import MESSAGE_SECONDS, negotiate, receive_message, send_message
+from .libp2p_swarm import DialError, GuardedSwarm
+from .libp2p_yamux import yamux_stream_of
 from .libp2p_yamux_stream import YamuxStream
 
 logger = logging.getLogger(__name__)
 
 HOP = TProtocol("/libp2p/circuit/relay/0.2.0/hop")
 STOP = TProtocol("/libp2p/circuit/relay/0.2.0/stop")
-MESSAGE_BYTES = 4096
-"""The longest message of the protocol that is read; real ones are below 1 KB."""
-MESSAGE_SECONDS = 5.0
 _TOLD_ADDRESSES = 8
 
 
@@ -104,9 +102,7 @@ class CircuitRelay:
     async def serve(self, net_stream: INetStream) -> None:
         """One request of a peer; a circuit lasts as long as this call."""
         stream = yamux_stream_of(net_stream)
-        request = await receive_message(
-            stream, HopMessage, limit=MESSAGE_BYTES, seconds=MESSAGE_SECONDS
-        )
+        request = await receive_message(stream, HopMessage)
         if stream.muxed_conn.get_connection_type() is ConnectionType.RELAYED:
             await _answer(stream, PERMISSION_DENIED)
         elif request.type == HopMessage.RESERVE:
@@ -163,9 +159,7 @@ class CircuitRelay:
                 stream = await negotiate(self._swarm.direct(target)[0], STOP)
             request = StopMessage(type=StopMessage.CONNECT, peer=CircuitPeer(id=source.to_bytes()))
             await send_message(stream, request)
-            answer = await receive_message(
-                stream, StopMessage, limit=MESSAGE_BYTES, seconds=MESSAGE_SECONDS
-            )
+            answer = await receive_message(stream, StopMessage)
             accepted = answer.type == StopMessage.STATUS and answer.status == OK
         except (DialError, MuxedStreamError, trio.TooSlowError) as error:
             logger.debug("no circuit to %s: %s", target, error)

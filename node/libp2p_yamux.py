@@ -19,7 +19,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import trio
-from libp2p.abc import IMuxedConn, ISecureConn
+from libp2p.abc import IMuxedConn, INetConn, INetStream, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
@@ -415,3 +415,17 @@ class YamuxConnection(IMuxedConn):
                 return stream
         self.queue_control(WINDOW_UPDATE, RST, stream_id)
         return None
+
+
+def yamux_stream_of(stream: INetStream) -> YamuxStream:
+    """Our stream below the library's."""
+    below = getattr(stream, "muxed_stream", None)
+    assert isinstance(below, YamuxStream)
+    return below
+
+
+def yamux_of(connection: INetConn) -> YamuxConnection:
+    """Our connection below the library's."""
+    below = connection.muxed_conn
+    assert isinstance(below, YamuxConnection)
+    return below

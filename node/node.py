@@ -35,8 +35,8 @@ from . import describe, saved_session
 from .config import NodeConfig
 from .identity import load_identity, new_identity
 from .latency import LatencyWatch
-from .libp2p_guards import HostLimits
 from .libp2p_network import Libp2pNetwork, NetworkLimits, open_network
+from .libp2p_swarm import HostLimits
 from .loopback import LoopbackNetwork
 from .membership import Membership
 from .network import Stream

@@ -50,7 +50,10 @@ class Reachability:
         how = "as you say" if self.insisted else "peers cannot dial this node"
         if forwarded:
             how += f", though {router}"
-            forward = f"have the router behind that one, if there is one, forward TCP port {self.forwarded_port}, too"
+            forward = (
+                "have the router behind that one, if there is one, forward TCP port "
+                f"{self.forwarded_port}, too"
+            )
         if not self.relays:
             return (
                 f"Reachability: private, {how}, and no peer relays for it yet: nobody can use its "

@@ -24,8 +24,8 @@ from multiaddr import Multiaddr
 from petals.node.identity import Identity, new_identity
 from petals.node.libp2p_addresses import announced_addresses
 from petals.node.libp2p_directory import DirectoryLimits, pack_record, unpack_record
-from petals.node.libp2p_guards import HostLimits
 from petals.node.libp2p_network import Libp2pNetwork, NetworkLimits, open_network
+from petals.node.libp2p_swarm import HostLimits
 from petals.node.libp2p_yamux import YamuxConnection
 from petals.node.libp2p_yamux_stream import YamuxLimits
 from petals.node.network import Stream

@@ -9,8 +9,8 @@ import pytest
 import trio
 from petals.node.cli.app import run_command_line
 from petals.node.identity import new_identity
-from petals.node.libp2p_guards import HostLimits
 from petals.node.libp2p_network import Libp2pNetwork, NetworkLimits
+from petals.node.libp2p_swarm import HostLimits
 from petals.node.private import Privacy, load_allowed_peers, load_swarm_key, make_swarm_key
 from petals.protocol.errors import ConfigError, PeerError
 from support.networks import ECHO, Libp2pWorld, echo, receive_exactly

@@ -12,9 +12,9 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 from petals.node.libp2p_addresses import interface_hosts
 from petals.node.libp2p_dialback import AUTONAT, DialBackLimits
-from petals.node.libp2p_guards import HostLimits
 from petals.node.libp2p_negotiation import negotiate, receive_message, send_message
 from petals.node.libp2p_network import Libp2pNetwork, NetworkLimits
+from petals.node.libp2p_swarm import HostLimits
 from petals.node.reachability import Reach, Reachability, Vote, verdict
 from petals.node.upnp.forwarding import ForwardingLimits
 from support.fake_router import FakeRouter
@@ -213,7 +213,7 @@ async def ask(client: Libp2pNetwork, server: Libp2pNetwork, *addresses: str) -> 
         addrs=[Multiaddr(address).to_bytes() for address in addresses],
     )
     await send_message(stream, Message(type=Message.DIAL, dial=Message.Dial(peer=peer)))
-    answer = await receive_message(stream, Message, limit=4096, seconds=DEADLINE)
+    answer = await receive_message(stream, Message, seconds=DEADLINE)
     return answer.dialResponse.status
 
 

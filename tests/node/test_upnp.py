@@ -143,7 +143,8 @@ async def test_who_has_nothing_to_forward_to_asks_nobody() -> None:
     router = FakeRouter()
     async with asking(router, inside=()) as node:
         assert node.forwarding.forwarded is None
-    assert router.asked == node.changes == []
+        assert node.changes == []
+    assert router.asked == []
 
 
 async def test_without_a_router_one_knows_so_when_the_search_ends() -> None:

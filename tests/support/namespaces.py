@@ -106,7 +106,10 @@ def internet() -> Iterator[Internet]:
         for router in ("wan", *_HOMES):
             _inside(names[router], "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
         yield Internet(
-            *(names[each] for each in ("public", "far", "home", "flat")),
+            public=names["public"],
+            far=names["far"],
+            home=names["home"],
+            flat=names["flat"],
             public_address="203.0.113.2",
             router=names["router"],
             router_address="203.0.113.10",
