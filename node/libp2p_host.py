@@ -21,7 +21,9 @@ from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH
 from libp2p.identity.update import update_peerstore_from_identify
 from libp2p.network.connection import swarm_connection
+from libp2p.network.stream.exceptions import StreamError
 from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.utils.varint import encode_varint_prefixed, read_length_prefixed_protobuf
 from multiaddr import Multiaddr
 
@@ -81,7 +83,8 @@ class GuardedHost(BasicHost):
         stream = yamux_stream_of(net_stream)
         try:
             await super()._swarm_stream_handler(net_stream)
-        except PetalsError as error:  # the peer broke a rule or went away: daily life
+        except (PetalsError, MuxedStreamError, StreamError) as error:
+            # the peer broke a rule or went away: daily life
             logger.info("a stream of %s failed: %s", stream.protocol, error)
             stream.reset_now("the handler failed")
         except Exception:

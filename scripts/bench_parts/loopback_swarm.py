@@ -48,9 +48,11 @@ class Written:
 class LoopbackSwarm:
     """A swarm of ``processes`` that each serve a part of a model. Made by ``loopback_swarm``."""
 
-    def __init__(self, node: Node, processes: int) -> None:
+    def __init__(self, node: Node, processes: int, bootstrap: str) -> None:
         self._node = node
         self.processes = processes
+        self.bootstrap = bootstrap
+        """The address of its bootstrap peer."""
 
     async def write(self, prompt: Sequence[int], tokens: int) -> Written:
         """Generate from a prompt in a session of its own."""
@@ -80,11 +82,11 @@ class LoopbackSwarm:
 
 @asynccontextmanager
 async def loopback_swarm(
-    model: pathlib.Path, processes: int, dtype: str
+    model: pathlib.Path, processes: int, dtype: str, *, options: Sequence[str] = ()
 ) -> AsyncIterator[LoopbackSwarm]:
     """Start a bootstrap peer and ``processes`` nodes; all of them are gone when the block ends.
 
-    Every process may use all cores: one session keeps only one of them busy at a time.
+    ``options`` are given to those that serve. Every process may use all cores: one session keeps only one of them busy at a time.
     """
     spans = split_evenly(open_checkpoint(model).num_blocks, processes)
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
@@ -106,14 +108,14 @@ async def loopback_swarm(
             address = (await serving(bootstrap))["multiaddr"]
             joining = ("--bootstrap", address, "--model", str(model), "--dtype", dtype)
             servers = [
-                await start(f"server-{number}", *joining, "--blocks", str(span))
+                await start(f"server-{number}", *joining, *options, "--blocks", str(span))
                 for number, span in enumerate(spans)
             ]
             for server in servers:
                 await serving(server)
             config = NodeConfig(model=str(model), serve=False, bootstrap=(address,), dtype=dtype)
             node = await stack.enter_async_context(Node(config))
-            yield LoopbackSwarm(node, processes)
+            yield LoopbackSwarm(node, processes, address)
 
 
 async def serving(process: Child) -> dict[str, Any]:

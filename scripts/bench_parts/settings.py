@@ -43,6 +43,12 @@ class Settings:
     shared_prompt: int = 512
     """Tokens of a prompt that two sessions begin with."""
     swarm_tokens: int = 12
+    relayed_tokens: int = 48
+    """Of a text over a relay."""
+    round_trips: int = 100
+    """Of a packet, for one sample."""
+    bulk_pieces: int = 64
+    """MiB of a transfer."""
     held_out_rows: int = 1000
     """At most so many rows of held-out text are read."""
     large_frames: bool = True
@@ -77,6 +83,9 @@ def tiny(models: pathlib.Path) -> Settings:
         prompt=256,
         shared_prompt=96,
         swarm_tokens=4,
+        relayed_tokens=4,
+        round_trips=2,
+        bulk_pieces=1,
         held_out_rows=4,
         large_frames=False,
         bandwidth=Bandwidth(megabytes=16),

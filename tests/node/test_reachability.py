@@ -1,5 +1,6 @@
 """How a node finds out whether others can dial it, and what it tells its user."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from ipaddress import ip_address
@@ -9,6 +10,7 @@ import pytest
 import trio
 from libp2p.host.autonat.pb.autonat_pb2 import Message
 from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import MuxedStreamError
 from multiaddr import Multiaddr
 from petals.node.libp2p_addresses import interface_hosts
 from petals.node.libp2p_dialback import AUTONAT, DialBackLimits
@@ -257,3 +259,19 @@ async def test_who_asks_too_often_is_refused() -> None:
     ):
         assert await ask(client, server, "/ip4/127.0.0.1/tcp/1") == Message.E_DIAL_ERROR
         assert await ask(client, server, "/ip4/127.0.0.1/tcp/1") == Message.E_DIAL_REFUSED
+
+
+async def test_who_asks_nonsense_is_hung_up_on_and_fills_no_log(
+    world: Libp2pWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        world.network() as server,
+        world.network(serve=False, bootstrap=server.multiaddrs) as client,
+    ):
+        [connection] = client._swarm.alive(ID.from_string(server.peer_id))
+        for nonsense in (b"\xff" * 5, b"\x02\xff\xff"):
+            stream = await negotiate(connection, AUTONAT)
+            await stream.write(nonsense)
+            with pytest.raises(MuxedStreamError), trio.fail_after(DEADLINE):
+                await stream.read(1)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

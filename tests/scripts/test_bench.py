@@ -24,7 +24,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_the_subcommands() -> None:
     done = bench("--help")
     assert done.returncode == 0
-    for subcommand in ("engine", "swarm", "frames", "quantization"):
+    for subcommand in ("engine", "swarm", "relay", "frames", "quantization"):
         assert subcommand in done.stdout
 
 
@@ -49,6 +49,10 @@ def test_bad_arguments_are_refused_in_words(arguments: list[str], said: str) -> 
     [
         ("frames", ["float16 frame of one row", "int8"]),
         ("quantization", ["weights in nf4: RMS error", "rows sent in int8: held-out perplexity"]),
+        (
+            "relay",
+            ["the first stream to a peer, over a relay", "bulk, directly", "demo through one"],
+        ),
         ("swarm", ["3 processes, one session", "8 sessions", "the same 96 tokens once more"]),
         (
             "engine",
