@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .node.blocking import Client, GenerationHandle, connect
     from .node.config import NodeConfig
+    from .node.hf.config import AutoDistributedConfig
+    from .node.hf.model import AutoDistributedModel, AutoDistributedModelForCausalLM
+    from .node.hf.sequential import RemoteSequential
+    from .node.hf.session import InferenceSession
     from .node.node import Node
     from .protocol.errors import (
         ModelError,
@@ -27,8 +31,13 @@ except PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0+unknown"
 
 _HOME = {
+    "AutoDistributedConfig": ".node.hf.config",
+    "AutoDistributedModel": ".node.hf.model",
+    "AutoDistributedModelForCausalLM": ".node.hf.model",
     "Client": ".node.blocking",
     "GenerationHandle": ".node.blocking",
+    "InferenceSession": ".node.hf.session",
+    "RemoteSequential": ".node.hf.sequential",
     "connect": ".node.blocking",
     "NodeConfig": ".node.config",
     "Node": ".node.node",
@@ -41,8 +50,12 @@ _HOME = {
 }
 
 __all__ = [
+    "AutoDistributedConfig",
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
     "Client",
     "GenerationHandle",
+    "InferenceSession",
     "ModelError",
     "ModelMismatch",
     "NoRoute",
@@ -51,6 +64,7 @@ __all__ = [
     "PeerError",
     "PetalsError",
     "ProtocolError",
+    "RemoteSequential",
     "connect",
 ]
 

@@ -56,7 +56,8 @@ class Checkpoint:
         self._source = source
         self._weights = weights
         self._cache_dir = cache_dir
-        self._generation_config = generation_config
+        self.generation_config = generation_config
+        """``generation_config.json``; None if there is none."""
 
     @property
     def num_blocks(self) -> int:
@@ -101,8 +102,8 @@ class Checkpoint:
         return value if isinstance(value, int) else next(iter(self.eos_token_ids), 0)
 
     def _special_token(self, name: str) -> object:
-        if self._generation_config is not None:  # then it alone counts, as for transformers
-            return self._generation_config.get(name)
+        if self.generation_config is not None:  # then it alone counts, as for transformers
+            return self.generation_config.get(name)
         return getattr(self.config, name, None)
 
     def precision(
@@ -230,14 +231,7 @@ def open_checkpoint(
     source = open_source(str(name_or_path), cache_dir=cache_dir)
     if progress is not None:
         progress(f"opening {source.name}")
-    config_path = source.find("config.json")
-    if config_path is None:
-        raise ModelError(f"{source.name} is no model: {source.missing('config.json')}")
-    raw = read_json(config_path)
-    family = find_family(raw.get("model_type"))
-    if raw.get("quantization_config"):
-        raise ModelError(f"{source.name} is a quantised checkpoint; give the original one")
-    config = family.parse_config(raw)
+    family, config = _read_config(source)
     generation_path = source.find("generation_config.json")
     weights = open_weights(source)
     if progress is not None and weights.index is None:
@@ -251,3 +245,20 @@ def open_checkpoint(
         generation_config=None if generation_path is None else read_json(generation_path),
         cache_dir=cache_dir,
     )
+
+
+def open_config(name_or_path: str | Path, *, cache_dir: Path | None = None) -> Any:
+    """transformers' config object alone, of what ``open_checkpoint`` opens. Raises ModelError."""
+    _, config = _read_config(open_source(str(name_or_path), cache_dir=cache_dir))
+    return config
+
+
+def _read_config(source: Source) -> tuple[Family, Any]:
+    config_path = source.find("config.json")
+    if config_path is None:
+        raise ModelError(f"{source.name} is no model: {source.missing('config.json')}")
+    raw = read_json(config_path)
+    family = find_family(raw.get("model_type"))
+    if raw.get("quantization_config"):
+        raise ModelError(f"{source.name} is a quantised checkpoint; give the original one")
+    return family, family.parse_config(raw)

@@ -71,7 +71,7 @@ class Blocks:
 class Ends(nn.Module):
     """What stands before the first block and behind the last: token ids in, logits out.
 
-    A family's subclass says how (``_embed``, ``_logits``); the checks are here.
+    A family's subclass says how (``_embed``, ``_final_norm``, ``_logits``); the checks are here.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
@@ -117,7 +117,15 @@ class Ends(nn.Module):
             )
         return self._logits(hidden.to(device=self.device, dtype=self.dtype)).float()
 
+    @torch.inference_mode()
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head is given, for hidden states from behind the last block."""
+        return self._final_norm(hidden.to(device=self.device, dtype=self.dtype))
+
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

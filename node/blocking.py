@@ -1,15 +1,14 @@
 """The same node from a program without trio: ``petals.connect()``.
 
-A thread of its own runs trio and the node; every call here crosses over to it and waits.
+A thread of its own runs trio and the node (``node_thread.py``); every call here crosses over to it and
+waits.
 """
 
 import contextlib
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import trio
 
@@ -24,22 +23,21 @@ from .config import (
     default_data_dir,
 )
 from .node import Node
+from .node_thread import NodeThread
 from .originate import Generation, GenerationStatus
 from .originate import GenerationHandle as TrioHandle
-
-T = TypeVar("T")
 
 
 class GenerationHandle:
     """A generation that runs while the program does something else."""
 
-    def __init__(self, client: "Client", handle: TrioHandle) -> None:
-        self._client = client
+    def __init__(self, thread: NodeThread, handle: TrioHandle) -> None:
+        self._thread = thread
         self._handle = handle
 
     def status(self) -> GenerationStatus:
         """How far it is: state, tokens so far, tokens/s, route."""
-        return self._client._call_sync(self._handle.status)
+        return self._thread.call_sync(self._handle.status)
 
     def result(self, timeout: float | None = None) -> Generation:
         """What came out (of the first prompt), when it has ended. Raises what made it fail.
@@ -51,36 +49,36 @@ class GenerationHandle:
     def results(self, timeout: float | None = None) -> list[Generation]:
         """What came out of every prompt. As ``result``."""
 
-        async def wait() -> list[Generation]:
+        async def wait(_: Node) -> list[Generation]:
             with trio.fail_after(float("inf") if timeout is None else timeout):
                 return await self._handle.results()
 
         try:
-            return self._client._call(wait)
+            return self._thread.call(wait)
         except trio.TooSlowError:
             raise TimeoutError(f"the generation has not ended after {timeout} s") from None
 
     def partial(self) -> Generation:
         """What there is so far."""
-        return self._client._call_sync(self._handle.partial)[0]
+        return self._thread.call_sync(self._handle.partial)[0]
 
     def save(self, path: Path | str) -> None:
         """Put what there is so far into a file that ``Client.resume`` goes on from.
 
         It may be running, or have ended in whatever way. Raises ConfigError.
         """
-        self._client._call(partial(self._handle.save, path))
+        self._thread.call(lambda _: self._handle.save(path))
 
     def cancel(self) -> None:
         """Stop it; ``result`` raises PetalsError then, ``partial`` keeps the text."""
-        self._client._call_sync(self._handle.cancel)
+        self._thread.call_sync(self._handle.cancel)
 
     def __iter__(self) -> Iterator[str]:
         """The text as it comes."""
         pieces = self._handle.__aiter__()
         while True:
             try:
-                yield self._client._call(pieces.__anext__)
+                yield self._thread.call(lambda _: pieces.__anext__())
             except StopAsyncIteration:
                 return
 
@@ -92,16 +90,7 @@ class Client:
     """
 
     def __init__(self, config: NodeConfig) -> None:
-        self._config = config
-        self._ready = threading.Event()
-        self._failure: BaseException | None = None
-        self._node: Node | None = None
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._stop: trio.Event | None = None
-        self._thread = threading.Thread(target=self._run, name="petals-client", daemon=True)
-        self._thread.start()
-        self._ready.wait()
-        self._raise_failure()
+        self._thread = NodeThread(config)
 
     def generate(
         self,
@@ -156,12 +145,12 @@ class Client:
         """
         params = _sampling_params(max_length, max_new_tokens, sampling)
 
-        async def submit() -> TrioHandle:
-            return await self._running_node().submit(
+        async def submit(node: Node) -> TrioHandle:
+            return await node.submit(
                 prompt, params, max_length=max_length, save_to=save_to
             )
 
-        return GenerationHandle(self, self._call(submit))
+        return GenerationHandle(self._thread, self._thread.call(submit))
 
     def resume(self, path: Path | str, *, save_to: Path | str | None = None) -> GenerationHandle:
         """Start generating the rest of a text that was saved; the text is the whole one.
@@ -169,21 +158,18 @@ class Client:
         ``save_to`` as in ``submit``; it may be ``path``. Raises ConfigError.
         """
 
-        async def resume() -> TrioHandle:
-            return await self._running_node().resume(path, save_to=save_to)
+        async def resume(node: Node) -> TrioHandle:
+            return await node.resume(path, save_to=save_to)
 
-        return GenerationHandle(self, self._call(resume))
+        return GenerationHandle(self._thread, self._thread.call(resume))
 
     def swarm_view(self, model_name: str | None = None) -> list[Announcement]:
         """Who serves what, as of now: of the models of that name, or of every model."""
-        return self._call(lambda: self._running_node().swarm_view(model_name))
+        return self._thread.call(lambda node: node.swarm_view(model_name))
 
     def disconnect(self) -> None:
         """Leave the swarm and end the thread. Idempotent."""
-        if self._thread.is_alive() and self._token is not None and self._stop is not None:
-            with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._stop.set)
-            self._thread.join()
+        self._thread.stop()
 
     def __enter__(self) -> "Client":
         """The client itself."""
@@ -197,42 +183,6 @@ class Client:
     ) -> None:
         """Disconnect."""
         self.disconnect()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            self._thread.join()
-            raise self._failure
-
-    def _run(self) -> None:
-        try:
-            trio.run(self._main)
-        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
-            self._failure = error
-        finally:
-            self._ready.set()
-
-    async def _main(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        self._stop = trio.Event()
-        async with Node(self._config) as self._node:
-            self._ready.set()
-            await self._stop.wait()
-
-    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
-        try:
-            return trio.from_thread.run(function, trio_token=self._token)
-        except trio.RunFinishedError:
-            raise PetalsError("the client is disconnected") from None
-
-    def _call_sync(self, function: Callable[[], T]) -> T:
-        try:
-            return trio.from_thread.run_sync(function, trio_token=self._token)
-        except trio.RunFinishedError:
-            raise PetalsError("the client is disconnected") from None
-
-    def _running_node(self) -> Node:
-        assert self._node is not None
-        return self._node
 
 
 def connect(

@@ -49,6 +49,7 @@ from .wakeup import open_flat_nursery, wait_future
 if TYPE_CHECKING:
     from ..inference.checkpoint import Checkpoint
     from ..inference.histogram import HistogramFigures
+    from .hidden_session import HiddenSession
     from .originate import Generation, GenerationHandle, Originator, Prompt, Session
     from .server import BlockServer
 
@@ -264,6 +265,21 @@ class Node:
         """A session that goes on behind the tokens of a saved one. Raises ConfigError."""
         originator = await self.originator()
         async with originator.reopen_session(saved) as session:
+            yield session
+
+    @contextlib.asynccontextmanager
+    async def open_hidden_session(
+        self, max_tokens: int, *, span: Span | None = None, batch: int = 1,
+        padding: Sequence[int] = (),
+    ) -> AsyncIterator["HiddenSession"]:
+        """A session of hidden states, through the blocks of ``span`` (None: all of them).
+
+        Raises ConfigError.
+        """
+        originator = await self.originator()
+        async with originator.open_hidden_session(
+            max_tokens, span=span, batch=batch, padding=padding
+        ) as session:
             yield session
 
     async def _start(self, handle: "GenerationHandle", file: Path | None) -> "GenerationHandle":

@@ -37,8 +37,9 @@ from ..protocol.tensor import DType, WireTensor
 from . import saved_session
 from .autosave import keep_saved
 from .gaps import Router
+from .hidden_session import HiddenSession
 from .network import Network
-from .ring import Ring, new_session_id, open_ring
+from .ring import EmbedRows, Ring, new_session_id, open_ring
 from .saved_session import SavedSession, Writing
 from .wakeup import Signal
 
@@ -338,32 +339,71 @@ class Originator:
         What the old one's hops held is computed again, from the tokens, with the first step.
         """
         self._check(saved)
-        terms = SessionTerms(
-            session=new_session_id(),
-            model=self.checkpoint.fingerprint,
-            span=Span(0, self.checkpoint.num_blocks),
-            hidden_size=self.checkpoint.hidden_size,
-            batch=len(saved.token_ids),
-            padding=saved.padding,
-            max_tokens=saved.max_tokens,
-            wire_dtype=saved.wire_dtype,
+        terms = self._terms(
+            Span(0, self.checkpoint.num_blocks), saved.max_tokens, saved.padding, saved.wire_dtype
         )
         session = Session(self, terms, saved)
-        async with open_ring(
+        async with self._open_ring(terms, session.embed) as session.ring:
+            try:
+                yield session
+            finally:
+                session.ring = None
+
+    @contextlib.asynccontextmanager
+    async def open_hidden_session(
+        self,
+        max_tokens: int,
+        *,
+        span: Span | None = None,
+        batch: int = 1,
+        padding: Sequence[int] = (),
+    ) -> AsyncIterator[HiddenSession]:
+        """A session whose rows are hidden states, through the blocks of ``span`` (None: all of them).
+
+        Raises ConfigError for what the model does not have.
+        """
+        everything = Span(0, self.checkpoint.num_blocks)
+        span = span or everything
+        if not everything.covers(span):
+            raise ConfigError(
+                f"blocks: {span} are not among the blocks {everything} of {self.checkpoint.name}"
+            )
+        self._check_length(max_tokens)
+        terms = self._terms(span, max_tokens, tuple(padding) or (0,) * batch, self._wire_dtype)
+        session = HiddenSession(terms)
+        async with self._open_ring(terms, session.read) as session.ring:
+            try:
+                yield session
+            finally:
+                session.ring = None
+
+    def _terms(
+        self, span: Span, max_tokens: int, padding: tuple[int, ...], wire_dtype: DType
+    ) -> SessionTerms:
+        return SessionTerms(
+            session=new_session_id(),
+            model=self.checkpoint.fingerprint,
+            span=span,
+            hidden_size=self.checkpoint.hidden_size,
+            batch=len(padding),
+            padding=padding,
+            max_tokens=max_tokens,
+            wire_dtype=wire_dtype,
+        )
+
+    def _open_ring(
+        self, terms: SessionTerms, embed: EmbedRows
+    ) -> contextlib.AbstractAsyncContextManager[Ring]:
+        return open_ring(
             terms,
             network=self._network,
             router=self._router,
             swarm=self._swarm,
             hello=self._hello,
-            embed=session.embed,
+            embed=embed,
             clock=self._clock,
             patience=self._patience,
-        ) as ring:
-            session.ring = ring
-            try:
-                yield session
-            finally:
-                session.ring = None
+        )
 
     def _new_session(
         self,
@@ -391,15 +431,19 @@ class Originator:
                 f"{saved.fingerprint[:16]}), and {checkpoint.name} is another (fingerprint "
                 f"{checkpoint.fingerprint[:16]}); go on with the first, or begin anew"
             )
-        if saved.max_tokens > checkpoint.max_length:
-            raise ConfigError(
-                f"max_tokens: {saved.max_tokens} tokens (prompt and new ones) are more than "
-                f"{checkpoint.name} was made for ({checkpoint.max_length})"
-            )
+        self._check_length(saved.max_tokens)
         if any(max(tokens, default=0) >= checkpoint.vocab_size for tokens in saved.token_ids):
             raise ConfigError(
                 f"the session has tokens that are not among the {checkpoint.vocab_size} of "
                 f"{checkpoint.name}; it is damaged, or of another model"
+            )
+
+    def _check_length(self, max_tokens: int) -> None:
+        checkpoint = self.checkpoint
+        if max_tokens > checkpoint.max_length:
+            raise ConfigError(
+                f"max_tokens: {max_tokens} tokens (prompt and new ones) are more than "
+                f"{checkpoint.name} was made for ({checkpoint.max_length})"
             )
 
     def encode(self, prompts: Sequence[Prompt]) -> tuple[list[list[int]], tuple[int, ...]]:

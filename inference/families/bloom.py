@@ -67,8 +67,12 @@ class BloomEnds(Ends):
         embedded: torch.Tensor = self.word_embeddings_layernorm(self.word_embeddings(token_ids))
         return embedded
 
+    def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.ln_f(hidden)
+        return normed
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.lm_head(self.ln_f(hidden))
+        logits: torch.Tensor = self.lm_head(self._final_norm(hidden))
         return logits
 
 
