@@ -7,7 +7,7 @@ are built on the meta device, so no tensor is ever in memory twice.
 Whatever is wrong with a model raises ModelError, in words.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,8 @@ from .kernels import WeightFormat, widens
 from .loading import fill_module
 from .model import Blocks, Ends
 from .precision import Precision, resolve_precision
+from .progress import Progress, Step
 from .weights import Weights, open_weights, read_json
-
-Progress = Callable[[str], None]
-"""Told in words what is being done, before each part of it that takes a while."""
 
 
 class Checkpoint:
@@ -161,7 +159,7 @@ class Checkpoint:
                 modules.append(loaded.module(block))
                 continue
             if progress is not None:
-                progress(f"loading block {block} ({block - span.start + 1} of {len(span)})")
+                progress(Step(f"loading blocks {span}", block - span.start, len(span), "blocks"))
             with torch.device("meta"):
                 module = self.family.make_block(self.config, block)
             fill_module(
@@ -173,6 +171,8 @@ class Checkpoint:
                 device=device,
             )
             modules.append(module)
+        if progress is not None:
+            progress(Step(f"loading blocks {span}", len(span), len(span), "blocks"))
         slopes = self.family.alibi_slopes(self.config)
         return Blocks(
             span,
@@ -228,14 +228,14 @@ def open_checkpoint(
     On the hub, this fetches the config and the index; of an unsharded model the whole weights.
     ``cache_dir`` is the hub's cache, None its usual place. Raises ModelError in words.
     """
-    source = open_source(str(name_or_path), cache_dir=cache_dir)
+    source = open_source(str(name_or_path), cache_dir=cache_dir, progress=progress)
     if progress is not None:
-        progress(f"opening {source.name}")
+        progress(Step(f"opening {source.name}"))
     family, config = _read_config(source)
     generation_path = source.find("generation_config.json")
     weights = open_weights(source)
     if progress is not None and weights.index is None:
-        progress(f"hashing {weights.filenames[0]}")
+        progress(Step(f"hashing {weights.filenames[0]}"))
     return Checkpoint(
         source,
         family,

@@ -5,15 +5,18 @@ cache, token, offline mode, resumed downloads and progress bars are those that i
 Every failure is a ModelError in words.
 """
 
+import io
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils.tqdm import tqdm
 
 from ..protocol.errors import ModelError
+from .progress import Progress, Step
 
 DEMO = "demo"
 """The name of the model that comes with the package."""
@@ -62,9 +65,10 @@ class FolderSource:
 class HubSource:
     """A model on the Hugging Face hub, such as ``bigscience/bloom-560m``."""
 
-    def __init__(self, name: str, cache_dir: Path | None) -> None:
+    def __init__(self, name: str, cache_dir: Path | None, progress: Progress | None = None) -> None:
         self.name = name
         self.location = name
+        self._bar_class = None if progress is None else _bar_class(progress)
         self._cache_dir = cache_dir
         self._unreachable = _why_unreachable(name)
 
@@ -82,6 +86,7 @@ class HubSource:
                     filename,
                     cache_dir=self._cache_dir,
                     local_files_only=self.local_only,
+                    tqdm_class=self._bar_class,
                 )
             )
         except errors.LocalEntryNotFoundError as error:
@@ -113,6 +118,21 @@ class HubSource:
         )
 
 
+def _bar_class(progress: Progress) -> type[tqdm]:
+    """What the hub's library tells its downloads to, where it would draw bars of its own."""
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options |= {"disable": False, "file": io.StringIO()}
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+
+        def display(self, *args: Any, **options: Any) -> None:
+            del args, options
+            progress(Step(f"downloading {self.desc}", self.n, self.total, "bytes"))
+
+    return Bar
+
+
 def _why_unreachable(name: str) -> str | None:
     """Ask the hub for the model once, without the retries that a download makes.
 
@@ -131,8 +151,11 @@ def _why_unreachable(name: str) -> str | None:
     return None
 
 
-def open_source(name: str, *, cache_dir: Path | None) -> Source:
-    """The source that ``name`` means: ``demo``, an existing folder, or a hub id."""
+def open_source(name: str, *, cache_dir: Path | None, progress: Progress | None = None) -> Source:
+    """The source that ``name`` means: ``demo``, an existing folder, or a hub id.
+
+    Downloads are told to ``progress``; None: the hub's library draws bars of its own.
+    """
     if name == DEMO:
         folder = resources.files(__package__) / "demo_model"
         if not isinstance(folder, Path) or not folder.is_dir():
@@ -154,4 +177,4 @@ def open_source(name: str, *, cache_dir: Path | None) -> Source:
             f"there is no folder {name!r}; give demo, the path of a model folder, "
             "or a hub id such as bigscience/bloom-560m"
         )
-    return HubSource(name, cache_dir)
+    return HubSource(name, cache_dir, progress)

@@ -199,10 +199,15 @@ class Native:
 def native() -> Native | None:
     """The compiled functions, or None where they cannot be had; tried once per process."""
     try:
-        return Native(ctypes.CDLL(str(_library())))
+        return open_native()
     except (NativeError, OSError) as error:
         logger.info("computing with the libraries' kernels, which are slower: %s", error)
         return None
+
+
+def open_native() -> Native:
+    """The compiled functions. Raises NativeError or OSError where they cannot be had."""
+    return Native(ctypes.CDLL(str(_library())))
 
 
 def _library() -> Path:

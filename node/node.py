@@ -49,6 +49,7 @@ from .wakeup import open_flat_nursery, wait_future
 if TYPE_CHECKING:
     from ..inference.checkpoint import Checkpoint
     from ..inference.histogram import HistogramFigures
+    from ..inference.progress import Progress
     from .hidden_session import HiddenSession
     from .originate import Generation, GenerationHandle, Originator, Prompt, Session
     from .server import BlockServer
@@ -77,8 +78,10 @@ def wall_clock() -> float:
 class Node:
     """One symmetric node of the swarm. Use it as an async context manager, in trio."""
 
-    def __init__(self, config: NodeConfig) -> None:
+    def __init__(self, config: NodeConfig, progress: "Progress | None" = None) -> None:
+        """``progress`` is told what takes a while: downloads, and loading blocks."""
         self.config = config
+        self._progress = progress
         self.model_name: str | None = None
         """What the swarm is told that the model is called, once it was opened."""
         self._context = self._running()
@@ -484,6 +487,7 @@ class Node:
             hello=self._hello,
             thread=self._torch,
             on_change=membership.changed,
+            progress=self._progress,
         )
         await server.start(self._span)
         self._server = server
@@ -539,7 +543,7 @@ class Node:
         def load() -> "tuple[Checkpoint, str]":
             from . import serving
 
-            checkpoint = serving.open_model(self.config)
+            checkpoint = serving.open_model(self.config, self._progress)
             return checkpoint, serving.announced_name(checkpoint)
 
         checkpoint, self.model_name = await self._in_torch_thread(load)

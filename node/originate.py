@@ -88,6 +88,10 @@ class GenerationStatus:
     waiting_for: str | None = None
     """Why nothing goes on at the moment, such as blocks that nobody serves; None when it does."""
     error: str | None = None
+    prompt_tokens: int = 0
+    """Tokens that stand before the first new one, per sequence; also those of a resumed text."""
+    prompt_sent: int = 0
+    """How many of them have gone into the ring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -561,6 +565,8 @@ class GenerationHandle:
             recoveries=self._recoveries,
             waiting_for=None if ring is None else ring.waiting_for,
             error=None if self._error is None else str(self._error),
+            prompt_tokens=self._begun.length,
+            prompt_sent=0 if ring is None else min(ring.sent, self._begun.length),
         )
 
     def cancel(self) -> None:

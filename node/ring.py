@@ -165,8 +165,13 @@ class Ring:
 
     @property
     def length(self) -> int:
-        """Positions sent around so far."""
+        """Positions sent around so far, or about to be."""
         return self._chain.length
+
+    @property
+    def sent(self) -> int:
+        """Positions of those that have left us, on the way that the session takes now."""
+        return self._chain.sent
 
     @property
     def room(self) -> int:

@@ -15,6 +15,8 @@ from functools import partial
 import trio
 
 from ..inference.checkpoint import Checkpoint
+from ..inference.progress import Progress
+from ..inference.progress import log as log_progress
 from ..inference.torch_thread import TorchThread
 from ..protocol.announcement import PeerState
 from ..protocol.errors import PetalsError
@@ -45,14 +47,19 @@ class BlockServer:
         hello: Hello,
         thread: TorchThread,
         on_change: Callable[[], None],
+        progress: Progress | None,
     ) -> None:
-        """``on_change`` is called when there is something new to announce."""
+        """``on_change`` is called when there is something new to announce.
+
+        ``progress`` is told how far loading is; None: the log is.
+        """
         self._network = network
         self._checkpoint = checkpoint
         self._config = config
         self._hello = hello
         self._thread = thread
         self._on_change = on_change
+        self._progress = progress
         self.span: Span | None = None
         """What is served, or will be when the state is online."""
         self.moving_to: Span | None = None
@@ -141,7 +148,7 @@ class BlockServer:
                     self._checkpoint,
                     span,
                     self._config,
-                    logger.info,
+                    self._progress or log_progress,
                     thread=self._thread,
                     loaded=None if old is None else old.engine.blocks,
                 )

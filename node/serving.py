@@ -1,7 +1,6 @@
 """Become a server of blocks: open the checkpoint, choose a span, load it, measure it."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +9,13 @@ from ..inference.device import resolve_device
 from ..inference.engine import Engine
 from ..inference.memory import blocks_that_fit, default_cache_tokens
 from ..inference.model import Blocks
+from ..inference.progress import Progress, Step
 from ..inference.throughput import Throughput, remembered
 from ..inference.torch_thread import TorchThread
 from ..protocol.announcement import as_model_name
 from ..protocol.errors import ConfigError, ModelError
 from ..protocol.span import Span
 from .config import NodeConfig
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +88,8 @@ def load(
     blocks = checkpoint.load_blocks(
         span, config.dtype, device, progress, quantization=config.quantization, loaded=loaded
     )
+    if progress is not None:
+        progress(Step("measuring this machine's speed"))
     throughput = remembered(
         blocks, model=checkpoint.fingerprint, precision=precision.name, folder=config.data_dir
     )
@@ -108,9 +108,9 @@ def fits_beside(checkpoint: Checkpoint, span: Span, served: Served, config: Node
     return more <= blocks_that_fit(checkpoint, precision, device)
 
 
-def open_model(config: NodeConfig) -> Checkpoint:
+def open_model(config: NodeConfig, progress: Progress | None = None) -> Checkpoint:
     """Open the checkpoint that ``config`` names. Raises ModelError."""
     assert config.model is not None
     # The hub's own variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) are its settings.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return open_checkpoint(config.model)
+    return open_checkpoint(config.model, progress=progress)

@@ -259,6 +259,11 @@ class Chain:
         return [] if self._closed else gaps(spans, self.terms.span.end)
 
     @property
+    def sent(self) -> int:
+        """Positions that were sent to the first hop, of ``length``."""
+        return self._sender.sent
+
+    @property
     def offerable(self) -> int:
         """Positions, up to a boundary, that a new hop might have from another session.
 

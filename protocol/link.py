@@ -143,6 +143,11 @@ class LinkSender:
         """Whether the receiver has said where to start."""
         return self._granted is not None
 
+    @property
+    def sent(self) -> int:
+        """How far into our log we have sent, on this link; 0 before it starts."""
+        return self._cursor or 0
+
     def assume_fresh(self) -> None:
         """The receiver was opened a moment ago and holds nothing: start without its grant."""
         self.resumed(Resume(link=0, position=0, rewind=0))

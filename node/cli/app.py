@@ -28,6 +28,7 @@ PANELS = {
         giving.drain_command,
         giving.swarm_key_command,
     ),
+    "When something is wrong": (looking.doctor_command,),
     None: (looking.reference_command,),
 }
 """The commands by the panels of the help, in the order in which one meets them; None hides."""

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ...inference.progress import Step
 from ...inference.sampling_params import SamplingParams
 from ...protocol.errors import NoRoute
 from ..config import NodeConfig
 from ..conversation import plain_turn
 from ..saved_session import SavedSession
-from . import failures, originator
+from . import failures, originator, progress
 from .originator import note
 
 if TYPE_CHECKING:
@@ -153,9 +154,21 @@ class _Conversation:
             ring = self._session.ring
             return None if ring is None else ring.waiting_for
 
+        def reading() -> Step:
+            ring, tokens = self._session.ring, self._session.token_ids[0]
+            return Step("reading", 0 if ring is None else ring.sent, len(tokens), "tokens")
+
         try:
-            async with originator.telling_waits(waiting_for, self._patience):
-                await write(answer.show)
+            async with (
+                originator.telling_waits(waiting_for, self._patience),
+                progress.watching(reading) as end_of_bar,
+            ):
+
+                def show(tokens: list[int]) -> list[bool]:
+                    end_of_bar()
+                    return answer.show(tokens)
+
+                await write(show)
         except NoRoute as error:
             if not sys.stdin.isatty():
                 raise failures.CommandFailed(f"the answer broke off: {error}") from error

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
-from typer.models import CallbackParam
 
 from ...protocol.errors import ConfigError
 from . import failures, logs, settings
@@ -39,6 +38,9 @@ class Group(TyperGroup):
 
 class Command(TyperCommand):
     """A command whose options can also be set in the environment and in the file."""
+
+    stands_for: str | None = None
+    """The command that it tells about: that one's settings are its own, too."""
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
@@ -79,6 +81,12 @@ class Command(TyperCommand):
         return [option for option in self.params if isinstance(option, TyperOption)]
 
 
+class Examination(Command):
+    """A command that tells what is wrong, with the settings of ``run``, and so has to start."""
+
+    stands_for = "run"
+
+
 def _tidy(parameters: list[Any]) -> list[Any]:
     """Show no type for options that are just there or not, and ``--help`` with its like."""
     for option in parameters:
@@ -111,31 +119,49 @@ def _whence(ctx: Any, option: Any) -> str:
 
 _FILE = "petals.settings_file"
 """Where the context keeps which file was read."""
+_TROUBLE = "petals.settings_trouble"
+"""And what was wrong with it, for commands that start all the same."""
 
 
-def _read_settings(ctx: typer.Context, option: CallbackParam, given: Path | None) -> Path | None:
-    """Let the command's other options default to what the file says."""
+def _read_settings(ctx: typer.Context, given: Path | None) -> Path:
+    """Let the command's other options default to what the file says; returns which file that is."""
+    path = settings.default_file() if given is None else given
     if ctx.resilient_parsing:
-        return given
-    del option
+        return path
     group, command = ctx.find_root().command, ctx.command
     assert isinstance(group, TyperGroup)
     assert isinstance(command, Command)
-    commands = {
-        str(name): other for name, other in group.commands.items() if isinstance(other, Command)
-    }
-    options = {
-        name: frozenset(other.settings) for name, other in commands.items() if not other.hidden
-    }
-    path = settings.default_file() if given is None else given
-    chosen = settings.read(path, options, must_exist=given is not None)
-    ctx.meta[_FILE] = str(path)
-    ctx.default_map = {
-        option.name: [value] if option.multiple and isinstance(value, str) else value
-        for key, option in command.settings.items()
-        if (value := chosen.value(str(ctx.info_name), key)) is not None
-    }
-    return given
+    others = [other for other in group.commands.values() if isinstance(other, Command)]
+    options = {str(other.name): frozenset(other.settings) for other in others if not other.hidden}
+    ctx.meta[_FILE] = path
+    try:
+        chosen = settings.read(path, options, must_exist=given is not None)
+    except ConfigError as error:
+        if command.stands_for is None:
+            raise
+        ctx.meta[_TROUBLE] = error
+        return path
+    ctx.default_map = {}
+    for key, option in command.settings.items():
+        tables = [str(command.name)]
+        if command.stands_for is not None and key != "json":  # how it answers is its own affair
+            tables.append(command.stands_for)
+        if (value := chosen.value(tables, key)) is not None:
+            one = option.multiple and isinstance(value, str)
+            ctx.default_map[option.name] = [value] if one else value
+    return path
+
+
+def settings_file(ctx: typer.Context) -> Path:
+    """Which file of settings a command looks at."""
+    file: Path = ctx.meta[_FILE]
+    return file
+
+
+def settings_trouble(ctx: typer.Context) -> ConfigError | None:
+    """What is wrong with it, if the command starts all the same."""
+    trouble: ConfigError | None = ctx.meta.get(_TROUBLE)
+    return trouble
 
 
 def _debug(*, wanted: bool) -> None:
@@ -209,12 +235,13 @@ class Declared:
     function: Callable[..., int]
     """Takes the common options, too."""
     examples: Sequence[tuple[str, ...]]
+    cls: type[Command]
 
     def add_to(self, app: typer.Typer, panel: str | None) -> None:
         """Make it one, shown in a panel of the help; or in none, then it is hidden."""
         app.command(
             self.name,
-            cls=Command,
+            cls=self.cls,
             rich_help_panel=panel,
             hidden=panel is None,
             epilog=in_markup(self.examples),
@@ -222,7 +249,7 @@ class Declared:
 
 
 def command(
-    name: str, *, examples: Sequence[tuple[str, ...]] = ()
+    name: str, *, examples: Sequence[tuple[str, ...]] = (), cls: type[Command] = Command
 ) -> Callable[[Callable[..., int]], Declared]:
     """Declare a function as a command, with the common options behind its own.
 
@@ -238,7 +265,7 @@ def command(
         own = inspect.signature(function)
         parameters = [*own.parameters.values(), *_COMMON_PARAMETERS.values()]
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return Declared(name, run, examples)
+        return Declared(name, run, examples, cls)
 
     return declare
 

@@ -8,14 +8,19 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
+from ...inference.progress import Step
 from ...inference.sampling_params import SamplingParams
 from ...protocol.errors import ConfigError, PetalsError
 from ..config import NodeConfig
 from ..saved_session import SavedSession
-from . import failures, leaving, originator
+from . import failures, leaving, originator, progress
+
+if TYPE_CHECKING:
+    from ..originate import GenerationStatus
 
 
 def generate(
@@ -70,10 +75,12 @@ async def _generate(
             handle = await node.submit(prompt, params, save_to=file)
         shown = False
         try:
-            async with originator.telling_waits(
-                lambda: handle.status().waiting_for, config.patience
+            async with (
+                originator.telling_waits(lambda: handle.status().waiting_for, config.patience),
+                progress.watching(lambda: _reading(handle.status())) as end_of_bar,
             ):
                 async for piece in handle:
+                    end_of_bar()
                     _write(piece)
                     shown = True
                 generation = await handle.result()
@@ -92,6 +99,10 @@ async def _generate(
         if json_result:
             _write(json.dumps(originator.result_record(generation)) + "\n")
         sys.stderr.write(originator.figures(generation) + "\n")
+
+
+def _reading(status: "GenerationStatus") -> Step:
+    return Step("reading the prompt", status.prompt_sent, status.prompt_tokens, "tokens")
 
 
 def _write(text: str) -> None:

@@ -10,13 +10,10 @@ import typer
 
 from ...protocol.admission import AdmissionLimits
 from ..api.config import ApiConfig
-from ..config import QUANTIZATIONS
-from ..reachability import REACHABILITIES
 from . import failures, options
 from .command import command
 
 BLOCKS = "What to serve"
-REACHED = "How others reach this node"
 LIMITS = "What others may have of this node"
 
 
@@ -100,43 +97,16 @@ def run_command(
     mdns: options.MdnsOption = None,
     swarm_key: options.SwarmKeyOption = None,
     allow_peers: options.AllowPeersOption = None,
-    listen: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--listen",
-            metavar="MULTIADDR",
-            help="Listen here, for example /ip4/0.0.0.0/tcp/31330. May be repeated.",
-            rich_help_panel=REACHED,
-        ),
-    ] = None,
-    announce: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--announce",
-            metavar="MULTIADDR",
-            help="Tell others to dial this address instead of those listened on, for example that "
-            "of a forwarded port. May be repeated.",
-            rich_help_panel=REACHED,
-        ),
-    ] = None,
-    reachability: Annotated[
-        str,
-        typer.Option(
-            "--reachability",
-            metavar="MODE",
-            help="auto (find out), public (others can dial this node), or private (they cannot: be "
-            "reached through relays).",
-            rich_help_panel=REACHED,
-            autocompletion=lambda: list(REACHABILITIES),
-        ),
-    ] = "auto",
+    listen: options.ListenOption = None,
+    announce: options.AnnounceOption = None,
+    reachability: options.ReachabilityOption = "auto",
     upnp: Annotated[
         bool,
         typer.Option(
             "--upnp/--no-upnp",
             help="Ask the router to forward the port, unless --reachability or --announce says how "
             "others reach this node.",
-            rich_help_panel=REACHED,
+            rich_help_panel=options.REACHED,
         ),
     ] = True,
     identity: Annotated[
@@ -150,16 +120,7 @@ def run_command(
     ] = None,
     data_dir: options.DataDirOption = None,
     dtype: options.DtypeOption = "auto",
-    quantization: Annotated[
-        str,
-        typer.Option(
-            "--quantization",
-            metavar="MODE",
-            help="none, int8 or nf4: round the blocks' weights to 8 or 4 bits, to hold more.",
-            rich_help_panel=options.COMPUTING,
-            autocompletion=lambda: list(QUANTIZATIONS),
-        ),
-    ] = "none",
+    quantization: options.QuantizationOption = "none",
     device: options.DeviceOption = "auto",
     cache_tokens: Annotated[
         int | None,

@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from datetime import UTC, datetime
+from typing import TextIO
 
 from ...protocol.errors import ConfigError
 
@@ -19,7 +20,16 @@ DEFAULT_FORMAT = "text"
 
 _LIBRARIES = ("libp2p", "multiaddr", "transformers", "huggingface_hub", "httpx")
 
-_handler = logging.StreamHandler()
+
+class _ToStandardError(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is at that moment: above the bars, where some are drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+_handler = _ToStandardError()
 """Ours; how it writes is set anew whenever that becomes known."""
 
 
@@ -31,7 +41,6 @@ def set_up(*, level: str = DEFAULT_LEVEL, form: str = DEFAULT_FORMAT) -> None:
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(_handler)
-    _handler.stream = sys.stderr  # setStream would flush the old one, which may be closed
     _handler.setFormatter(
         JsonFormatter()
         if form == "json"

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..config import NodeConfig
 from . import options
-from .command import command
+from .command import Examination, command, settings_file, settings_trouble
 
 
 @command(
@@ -110,6 +111,77 @@ def status_command(
         json_result=json_result,
         watch=watch,
         exit_with_stdin=exit_with_stdin,
+    )
+
+
+@command(
+    "doctor",
+    examples=[
+        ("Would a node work on this machine?", "petals-node doctor"),
+        (
+            "And join this swarm, and serve this model?",
+            "petals-node doctor --bootstrap $PEER --model demo",
+        ),
+        (
+            "For programs: only what has to be mended",
+            "petals-node doctor --json \\",
+            "    | jq '.findings[] | select(.state == \"bad\")'",
+        ),
+    ],
+    cls=Examination,
+)
+def doctor_command(
+    ctx: typer.Context,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Say what would be served of it: demo, a folder, or a Hugging Face hub id.",
+            rich_help_panel=options.MODEL,
+        ),
+    ] = None,
+    bootstrap: options.BootstrapOption = None,
+    mdns: options.MdnsOption = None,
+    swarm_key: options.SwarmKeyOption = None,
+    allow_peers: options.AllowPeersOption = None,
+    listen: options.ListenOption = None,
+    announce: options.AnnounceOption = None,
+    reachability: options.ReachabilityOption = "auto",
+    data_dir: options.DataDirOption = None,
+    dtype: options.DtypeOption = "auto",
+    quantization: options.QuantizationOption = "none",
+    device: options.DeviceOption = "auto",
+    json_result: options.JsonOption = False,
+) -> int:
+    """Find out what keeps a node from working here, and say what to do about it.
+
+    It takes the options of `run`, and its settings from the environment and the file; with peers to
+    ask, it joins for a moment. Exit code 0: a node would work; 1: there is something to mend.
+    """
+    from . import arguments, doctor, run
+
+    def make_config() -> NodeConfig:
+        return run.node_config(
+            model=model,
+            blocks=None,
+            num_blocks=None,
+            bootstrap=arguments.bootstrap_peers(bootstrap),
+            mdns=mdns,
+            swarm_key=swarm_key,
+            allow_peers=allow_peers,
+            listen=arguments.listen_addresses(listen),
+            announce=arguments.announced_addresses(announce),
+            reachability=reachability,
+            data_dir=data_dir,
+            dtype=dtype,
+            quantization=quantization,
+            device=device,
+        )
+
+    return doctor.doctor(
+        settings_file(ctx), settings_trouble(ctx), make_config, json_result=json_result
     )
 
 

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
-from ..config import DTYPES, WIRE_DTYPES
+from ..config import DTYPES, QUANTIZATIONS, WIRE_DTYPES
+from ..reachability import REACHABILITIES
 
 MODEL = "The model"
 SWARM = "The swarm"
+REACHED = "How others reach this node"
 TEXT = "The text"
 COMPUTING = "How to compute"
 FILES = "Files"
@@ -224,6 +226,46 @@ EventsOption = Annotated[
         "--json",
         help="Write events to standard output, one JSON a line.",
         rich_help_panel=OUTPUT,
+    ),
+]
+ListenOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--listen",
+        metavar="MULTIADDR",
+        help="Listen here, for example /ip4/0.0.0.0/tcp/31330. May be repeated.",
+        rich_help_panel=REACHED,
+    ),
+]
+AnnounceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--announce",
+        metavar="MULTIADDR",
+        help="Tell others to dial this address instead of those listened on, for example that "
+        "of a forwarded port. May be repeated.",
+        rich_help_panel=REACHED,
+    ),
+]
+ReachabilityOption = Annotated[
+    str,
+    typer.Option(
+        "--reachability",
+        metavar="MODE",
+        help="auto (find out), public (others can dial this node), or private (they cannot: be "
+        "reached through relays).",
+        rich_help_panel=REACHED,
+        autocompletion=lambda: list(REACHABILITIES),
+    ),
+]
+QuantizationOption = Annotated[
+    str,
+    typer.Option(
+        "--quantization",
+        metavar="MODE",
+        help="none, int8 or nf4: round the blocks' weights to 8 or 4 bits, to hold more.",
+        rich_help_panel=COMPUTING,
+        autocompletion=lambda: list(QUANTIZATIONS),
     ),
 ]
 EndWithStdinOption = Annotated[

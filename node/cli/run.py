@@ -1,21 +1,25 @@
 """``petals-node run`` and ``api``: a node that serves until it is told to leave."""
 
 import contextlib
+import dataclasses
 import json
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from ...inference.progress import Progress, Step
 from ...protocol.errors import ConfigError
 from ...protocol.span import Span
 from ..api.config import ApiConfig
 from ..api.listening import listen, url
 from ..config import NodeConfig
 from . import arguments, failures, leaving
+from .progress import shown
 from .running import running_in
 
 if TYPE_CHECKING:
@@ -61,11 +65,12 @@ def serve(
         leaving.leave_when_stdin_ends()
     report = _report_json if json_lines else _report_in_words
     try:
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, contextlib.ExitStack() as bars:
             if config.serve:
                 stack.enter_context(running_in(config.data_dir))
             exposed = None if api is None else (api, stack.enter_context(listen(api)))
-            trio.run(_serve, config, exposed, report)
+            tell = _JsonProgress(report) if json_lines else bars.enter_context(shown())
+            trio.run(_serve, config, exposed, report, tell, bars.close)
     except* leaving.Leaving:
         report({"event": "leaving"})
     return failures.OK
@@ -75,7 +80,11 @@ Report = Callable[[dict[str, Any]], None]
 
 
 async def _serve(
-    config: NodeConfig, exposed: tuple[ApiConfig, socket.socket] | None, report: Report
+    config: NodeConfig,
+    exposed: tuple[ApiConfig, socket.socket] | None,
+    report: Report,
+    progress: Progress | None,
+    end_of_bars: Callable[[], None],
 ) -> None:
     serving = False
     leave = trio.Event()
@@ -95,7 +104,8 @@ async def _serve(
         report({"event": "starting", "model": config.model})
         from ..node import Node
 
-        async with Node(config) as node, trio.open_nursery() as reporting:
+        async with Node(config, progress) as node, trio.open_nursery() as reporting:
+            end_of_bars()
             serving = True
             if config.serve:
                 report(serving_event(node))
@@ -149,6 +159,20 @@ def serving_event(node: "Node") -> dict[str, Any]:
         "model": node.model_name if span else None,
         "blocks": [span.start, span.end] if span else None,
     }
+
+
+class _JsonProgress:
+    """Reports what takes a while as events, once a second at most."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._due = 0.0
+
+    def __call__(self, step: Step) -> None:
+        now = time.monotonic()
+        if now >= self._due or step.done == step.total:
+            self._due = now + 1
+            self._report({"event": "progress", **dataclasses.asdict(step)})
 
 
 def _report_json(event: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ is misspelt would be a setting that does nothing.
 
 import difflib
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ class Settings:
     common: Mapping[str, Any]
     of_command: Mapping[str, Mapping[str, Any]]
 
-    def value(self, command: str, key: str) -> Any:
-        """What the option of that command is set to; None if it is not."""
-        return self.of_command.get(command, {}).get(key, self.common.get(key))
+    def value(self, tables: Sequence[str], key: str) -> Any:
+        """What the option is set to, in the first of the tables that has it; None if it is not."""
+        places = (*(self.of_command.get(table, {}) for table in tables), self.common)
+        return next((place[key] for place in places if key in place), None)
 
 
 def default_file() -> Path:

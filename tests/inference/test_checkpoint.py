@@ -9,6 +9,7 @@ import torch
 from petals.inference.attention import LaneRows
 from petals.inference.cache import LaneCache
 from petals.inference.checkpoint import open_checkpoint
+from petals.inference.progress import Step
 from petals.inference.sampling import SamplingParams
 from petals.protocol.errors import ModelError
 from petals.protocol.span import Span
@@ -178,14 +179,13 @@ def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).eos_token_ids == (2,)
 
 
-def test_progress_is_told_in_words(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_progress_is_told(tmp_path: Path) -> None:
+    said: list[Step] = []
     open_checkpoint(save_bloom(tmp_path), progress=said.append).load_blocks(
         Span(1, 3), progress=said.append
     )
-    assert said[0] == f"opening {tmp_path}"
-    assert said[1] == "hashing model.safetensors"
-    assert said[2:] == ["loading block 1 (1 of 2)", "loading block 2 (2 of 2)"]
+    assert said[:2] == [Step(f"opening {tmp_path}"), Step("hashing model.safetensors")]
+    assert said[2:] == [Step("loading blocks 1:3", done, 2, "blocks") for done in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,9 @@ def test_a_bad_file_is_answered_in_words(text: str, complaint: str) -> None:
 
 def test_a_table_goes_before_the_rest() -> None:
     read = settings.parse("model = 'a'\n[run]\nmodel = 'b'", "the file", OPTIONS)
-    assert (read.value("run", "model"), read.value("status", "model")) == ("b", "a")
-    assert read.value("run", "num-blocks") is None
+    assert (read.value(["run"], "model"), read.value(["status"], "model")) == ("b", "a")
+    assert read.value(["status", "run"], "model") == "b"
+    assert read.value(["run"], "num-blocks") is None
 
 
 def test_a_file_that_is_named_must_be_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -278,6 +278,7 @@ def test_appended_tokens_are_due_at_once_in_steps_of_at_most_max_rows() -> None:
     assert chain.next_due(10) is None
     chain.append(3, want_from=2, now=0.0)
     assert chain.next_due(2) == Due(link=0, sequence=0, rewind=0, start=0, stop=2)
+    assert (chain.sent, chain.length) == (2, 3)
     assert chain.next_due(2) == Due(link=0, sequence=1, rewind=0, start=2, stop=3)
     assert chain.next_due(2) is None
 

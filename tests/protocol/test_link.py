@@ -130,6 +130,7 @@ def test_a_receiver_shows_its_state() -> None:
 def test_nothing_is_sent_before_the_receiver_has_said_where_to_start() -> None:
     sender = LinkSender(RewindHistory())
     assert sender.next(5, 10) is None
+    assert sender.sent == 0
     before = sender.linked
     sender.resumed(Resume(link=2, position=3, rewind=0))
     assert (before, sender.linked) == (False, True)
@@ -152,6 +153,7 @@ def test_a_long_log_goes_in_steps_of_at_most_max_rows_and_then_keeps_up() -> Non
         (2, 4, 5),
     ]
     assert sent[3] is None
+    assert sender.sent == 5
     assert sender.next(6, 2) == Due(link=0, sequence=3, rewind=0, start=5, stop=6)
 
 
