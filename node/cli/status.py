@@ -1,25 +1,22 @@
 """``petals-node status``: who serves which blocks of which model, once or as it changes.
 
-``summarise`` turns announcements into plain values, which ``--json`` writes as they are and
-``status_view.py`` draws. Where nobody looks (standard output is no terminal) a picture is written only
+What the swarm says is summed up (``node/summary.py``) in plain values, which ``--json`` writes as they
+are and ``status_view.py`` draws. Where nobody looks (standard output is no terminal) a picture is written only
 when something has changed.
 """
 
 import json
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from statistics import mode
-from typing import Any
 
 import trio
 
-from ...protocol.announcement import Announcement, PeerState, as_model_name
+from ...protocol.announcement import as_model_name
 from ...protocol.errors import PeerError
-from ...protocol.placement import block_throughput
-from ...protocol.span import coverage, gaps
 from ..config import NodeConfig
+from ..summary import Models, summarise
 from ..wakeup import open_flat_nursery
 from . import failures, leaving, originator
 
@@ -27,8 +24,6 @@ INTERVAL = 2.0
 """Seconds between two looks. One costs the swarm a lookup, and each node shown a question."""
 PIPE_WIDTH = 160
 """Columns where there is no terminal, so that no figure is cut off."""
-
-Models = Sequence[dict[str, Any]]
 
 
 def status(
@@ -49,66 +44,6 @@ def status(
     else:
         _watch_in_terminal(config, name)
     return failures.OK
-
-
-def reachability(multiaddrs: Sequence[str]) -> str:
-    """Whether others dial a node directly, or only through a relay; it may have no address at all."""
-    if not multiaddrs:
-        return "none"
-    return "relayed" if all("/p2p-circuit" in address for address in multiaddrs) else "direct"
-
-
-def summarise(announcements: Iterable[Announcement]) -> list[dict[str, Any]]:
-    """The models that are served, by name, each with its coverage and its peers in block order.
-
-    Two fingerprints under one name are two models. Only peers that are online count as coverage.
-    """
-    by_model: dict[tuple[str, str], list[Announcement]] = {}
-    for announcement in announcements:
-        key = (announcement.model_name, announcement.model)
-        by_model.setdefault(key, []).append(announcement)
-    return [
-        _summarise_model(name, fingerprint, peers)
-        for (name, fingerprint), peers in sorted(by_model.items())
-    ]
-
-
-def _summarise_model(name: str, fingerprint: str, peers: list[Announcement]) -> dict[str, Any]:
-    num_blocks = mode(peer.num_blocks for peer in peers)  # one peer may say anything
-    serving = [peer for peer in peers if peer.state is PeerState.ONLINE]
-    online = [peer.span for peer in serving if peer.span is not None]
-    return {
-        "model": name,
-        "fingerprint": fingerprint,
-        "num_blocks": num_blocks,
-        "coverage": coverage(online, num_blocks),
-        "missing": [[gap.start, gap.end] for gap in gaps(online, num_blocks)],
-        "throughput": block_throughput(serving, num_blocks),
-        "peers": [_summarise_peer(peer) for peer in sorted(peers, key=_by_blocks)],
-    }
-
-
-def _by_blocks(peer: Announcement) -> tuple[int, int, str]:
-    span = peer.span
-    return (span.start, span.end, peer.peer_id) if span else (1 << 30, 0, peer.peer_id)
-
-
-def _summarise_peer(peer: Announcement) -> dict[str, Any]:
-    return {
-        "peer_id": peer.peer_id,
-        "public_name": peer.public_name,
-        "multiaddrs": list(peer.multiaddrs),
-        "reachability": reachability(peer.multiaddrs),
-        "blocks": [peer.span.start, peer.span.end] if peer.span else None,
-        "state": peer.state,
-        "dtype": peer.dtype,
-        "decode_speed": peer.decode_speed,
-        "prefill_speed": peer.prefill_speed,
-        "sessions": peer.sessions,
-        "session_blocks": peer.session_blocks,
-        "cache_tokens_left": peer.cache_tokens_left,
-        "version": peer.version,
-    }
 
 
 # --- once -----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """How ``petals-node status`` looks: per model a headline, a bar of its blocks, a table of its nodes.
 
-Rules of this file: from plain values (``status.summarise``) to what rich can draw; nothing here asks
+Rules of this file: from plain values (``summary.summarise``) to what rich can draw; nothing here asks
 anybody. It fits 80 columns, and says all that it says without colour, too. What strangers call
 themselves is shown as it is, never as markup.
 """

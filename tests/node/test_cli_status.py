@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from petals.node import summary
 from petals.node.cli import status, status_view
 from petals.protocol.announcement import Announcement, PeerState
 from petals.protocol.span import Span
@@ -50,7 +51,7 @@ def shown(models: Sequence[dict[str, Any]], width: int = 80, *, colour: bool = F
 
 
 def test_a_whole_model() -> None:
-    (model,) = status.summarise(
+    (model,) = summary.summarise(
         [announcement("bbb", Span(1, 4)), announcement("aaa", Span(0, 2))],
     )
     assert model["coverage"] == [1, 2, 1, 1]
@@ -65,7 +66,7 @@ def test_a_whole_model() -> None:
 
 
 def test_only_who_is_online_covers() -> None:
-    (model,) = status.summarise(
+    (model,) = summary.summarise(
         [
             announcement("aaa", Span(0, 2)),
             announcement("bbb", Span(2, 4), PeerState.JOINING),
@@ -80,18 +81,18 @@ def test_only_who_is_online_covers() -> None:
 
 
 def test_another_fingerprint_is_another_model() -> None:
-    models = status.summarise(
+    models = summary.summarise(
         [announcement("aaa", Span(0, 4)), announcement("bbb", Span(0, 1), model="cd" * 16)],
     )
     assert [model["fingerprint"][:2] for model in models] == ["ab", "cd"]
 
 
 def test_nobody() -> None:
-    assert status.summarise([]) == []
+    assert summary.summarise([]) == []
 
 
 def test_the_keys_are_those_of_the_readme() -> None:
-    (model,) = status.summarise([announcement("aaa", Span(0, 4))])
+    (model,) = summary.summarise([announcement("aaa", Span(0, 4))])
     assert [*model] == [
         "model", "fingerprint", "num_blocks", "coverage", "missing", "throughput", "peers",
     ]  # fmt: skip
@@ -112,7 +113,7 @@ def test_the_keys_are_those_of_the_readme() -> None:
     ],
 )
 def test_a_node_with_nothing_but_relays_is_relayed(multiaddrs: tuple[str, ...], word: str) -> None:
-    assert status.reachability(multiaddrs) == word
+    assert summary.reachability(multiaddrs) == word
 
 
 SWARM = [
@@ -147,12 +148,12 @@ node      name      blocks type     tok/s sessions cache version state   reach
 
 
 def test_the_picture_fits_80_columns_and_takes_names_literally() -> None:
-    lines = shown(status.summarise(SWARM)).splitlines()
+    lines = shown(summary.summarise(SWARM)).splitlines()
     assert [line.rstrip() for line in lines] == NARROW.splitlines()
 
 
 def test_colours_say_nothing_that_is_not_said_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = status.summarise(SWARM)
+    models = summary.summarise(SWARM)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b[32m" in shown(models, colour=True)
@@ -161,13 +162,13 @@ def test_colours_say_nothing_that_is_not_said_without(monkeypatch: pytest.Monkey
 
 
 def test_more_columns_show_more() -> None:
-    wide = shown(status.summarise(SWARM), 120)
+    wide = shown(summary.summarise(SWARM), 120)
     assert "prefill" in wide
     assert "14.6k" in wide
 
 
 def test_a_gap_is_seen_in_the_bar() -> None:
-    picture = shown(status.summarise([announcement("aaa", Span(1, 3))]))
+    picture = shown(summary.summarise([announcement("aaa", Span(1, 3))]))
     assert "nodes     0110" in picture
     assert "tokens/s   ██" in picture
     assert "cannot run: nobody serves blocks 0:1, 3:4" in picture
@@ -179,7 +180,7 @@ def test_of_blocks_that_share_a_character_the_weakest_counts() -> None:
         announcement("bbb", Span(0, 277), num_blocks=280),
         *(announcement(str(number), Span(0, 4), num_blocks=280) for number in range(10)),
     ]
-    lines = shown(status.summarise(peers)).splitlines()
+    lines = shown(summary.summarise(peers)).splitlines()
     assert "0       32      64" in lines[1 + ("blocks " not in lines[1])]
     (nodes,) = (line for line in lines if line.startswith("nodes"))
     assert nodes == "nodes     +" + 68 * "2" + "1"
@@ -197,7 +198,7 @@ def test_figures_are_short(value: float, text: str) -> None:
 
 
 def test_a_pipe_gets_no_control_codes_and_all_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    status._write_picture(status.summarise(SWARM))
+    status._write_picture(summary.summarise(SWARM))
     written = capsys.readouterr().out
     assert "\x1b" not in written
     assert "14.6k" in written
@@ -205,7 +206,7 @@ def test_a_pipe_gets_no_control_codes_and_all_columns(capsys: pytest.CaptureFixt
 
 def test_two_models_are_one_below_the_other() -> None:
     other = announcement("bbb", Span(0, 1), model="cd" * 16)
-    picture = shown(status.summarise([announcement("aaa", Span(0, 4)), other]))
+    picture = shown(summary.summarise([announcement("aaa", Span(0, 4)), other]))
     assert picture.count("node ") == 2
     assert picture.index("(abababab)") < picture.index("(cdcdcdcd)")
 
@@ -218,9 +219,9 @@ def test_it_says_when_there_is_nothing(capsys: pytest.CaptureFixture[str]) -> No
 def test_watching_into_a_pipe_writes_what_has_changed(capsys: pytest.CaptureFixture[str]) -> None:
     changes = status._Changes(status._write_json)
     for models in (SWARM[:1], SWARM[:1], SWARM[:2]):
-        changes.show(status.summarise(models), None)
-    changes.show(status.summarise(SWARM[:2]), "nobody answers")
-    changes.show(status.summarise(SWARM[:2]), "nobody answers")
+        changes.show(summary.summarise(models), None)
+    changes.show(summary.summarise(SWARM[:2]), "nobody answers")
+    changes.show(summary.summarise(SWARM[:2]), "nobody answers")
     written = capsys.readouterr()
     lines = [json.loads(line) for line in written.out.splitlines()]
     assert [len(line["models"][0]["peers"]) for line in lines] == [1, 2]
