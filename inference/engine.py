@@ -63,6 +63,8 @@ class EngineStatistics:
     """Rows (tokens of one sequence) computed, each through its session's blocks."""
     busy_seconds: float
     """Time spent computing."""
+    queued_seconds: float
+    """Time that steps have waited for their first round, all together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +271,7 @@ class Engine:
                 rounds=self._rounds,
                 rows=self._rows,
                 busy_seconds=self._busy_seconds,
+                queued_seconds=self._histograms["step_queue_seconds"].total,
             )
 
     def histograms(self) -> dict[str, HistogramFigures]:

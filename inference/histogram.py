@@ -25,16 +25,17 @@ class Histogram:
         self._meaning = meaning
         self._bounds = (*bounds, math.inf)
         self._counts = [0] * len(self._bounds)
-        self._total = 0.0
+        self.total = 0.0
+        """Of all values so far."""
 
     def observe(self, value: float) -> None:
         """Count one."""
         self._counts[bisect_left(self._bounds, value)] += 1
-        self._total += value
+        self.total += value
 
     def figures(self) -> HistogramFigures:
         """What was counted so far."""
         counts = accumulate(self._counts)
         return HistogramFigures(
-            self._meaning, tuple(zip(self._bounds, counts, strict=True)), self._total
+            self._meaning, tuple(zip(self._bounds, counts, strict=True)), self.total
         )

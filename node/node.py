@@ -10,6 +10,7 @@ import contextlib
 import logging
 import random  # noqa: TID251 - this is the wiring
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from .libp2p_network import Libp2pNetwork, NetworkLimits, open_network
 from .libp2p_swarm import HostLimits
 from .loopback import LoopbackNetwork
 from .membership import Membership
+from .mending import Recovery
 from .network import Stream
 from .private import Privacy
 from .reachability import Reachability
@@ -65,7 +67,12 @@ LOOK_INTERVAL = 5.0
 """Seconds between two looks at whether to move, where what is known is all that there is: that costs
 nothing."""
 DESCRIBED_PEERS = 64
-"""How many peers ``swarm_view`` asks for their present load; the others are as they announced."""
+"""How many peers ``survey`` asks for their present load; the others are as they announced."""
+REMEMBERED_RECOVERIES = 64
+"""Of texts that have ended."""
+
+Survey = list[tuple[Announcement, Mapping[str, float] | None]]
+"""Peers and their figures; None: they were not asked, or have not answered."""
 
 T = TypeVar("T")
 
@@ -98,7 +105,9 @@ class Node:
         self._expected = Expected()
         self._originator: Originator | None = None
         self._originator_lock = trio.Lock()
-        self._generations = 0
+        self._generations: dict[GenerationHandle, None] = {}
+        """Those that run, the oldest first."""
+        self._recoveries: deque[Recovery] = deque(maxlen=REMEMBERED_RECOVERIES)
         self._span: Span | None = None
         self._dtype = ""
 
@@ -153,7 +162,7 @@ class Node:
         figures: dict[str, float] = {
             "connections": network.connections,
             "streams": network.streams,
-            "generations": self._generations,
+            "generations": len(self._generations),
             "tasks": trio.lowlevel.current_statistics().tasks_living,
         }
         for direction, by_protocol in (
@@ -175,6 +184,7 @@ class Node:
                 "rows": engine.rows,
                 "steps_queued": engine.queued,
                 "busy_seconds": engine.busy_seconds,
+                "queued_seconds": engine.queued_seconds,
                 "block_tokens_per_second decode": throughput.decode,
                 "block_tokens_per_second decode_8": throughput.decode_8,
                 "block_tokens_per_second decode_32": throughput.decode_32,
@@ -292,11 +302,23 @@ class Node:
         return handle
 
     async def _generate(self, handle: "GenerationHandle") -> None:
-        self._generations += 1
+        self._generations[handle] = None
         try:
             await handle.run()
         finally:
-            self._generations -= 1
+            del self._generations[handle]
+            self._recoveries.extend(handle.status().mended)
+
+    @property
+    def generations(self) -> "tuple[GenerationHandle, ...]":
+        """The texts that are being generated, the oldest first."""
+        return tuple(self._generations)
+
+    @property
+    def recoveries(self) -> tuple[Recovery, ...]:
+        """Which hops this node's texts have lost lately, and what was done about it."""
+        running = (recovery for handle in self._generations for recovery in handle.status().mended)
+        return (*self._recoveries, *running)
 
     async def originator(self) -> "Originator":
         """What all sessions of this node have in common: the model's ends, loaded when first asked for.
@@ -389,18 +411,26 @@ class Node:
 
         Raises PeerError when the swarm cannot be asked.
         """
-        found = {peer.peer_id: peer for peer in await self._running_membership().find(model_name)}
+        return [peer for peer, _ in await self.survey(model_name)]
 
-        async def ask(peer: Announcement) -> None:
+    async def survey(self, model_name: str | None = None) -> Survey:
+        """``swarm_view``, with the figures that each peer has of itself."""
+        listed = await self._running_membership().find(model_name)
+        found: Survey = [(peer, None) for peer in listed]
+
+        async def ask(index: int, peer: Announcement) -> None:
             with contextlib.suppress(PeerError):
-                fresh, _ = await self.describe(peer.peer_id, peer.multiaddrs)
-                if fresh is not None:
-                    found[peer.peer_id] = fresh
+                fresh, figures = await self.describe(peer.peer_id, peer.multiaddrs)
+                found[index] = (peer if fresh is None else fresh, figures)
 
         async with trio.open_nursery() as nursery:
-            for peer in list(found.values())[:DESCRIBED_PEERS]:
-                nursery.start_soon(ask, peer)
-        return list(found.values())
+            for index, peer in enumerate(listed[:DESCRIBED_PEERS]):
+                nursery.start_soon(ask, index, peer)
+        return found
+
+    def round_trip(self, peer_id: str) -> float | None:
+        """Seconds to a peer and back, where that was measured."""
+        return self._round_trips().get(peer_id)
 
     async def describe(
         self, peer_id: str, multiaddrs: Sequence[str] = (), *, blocks: int | None = None

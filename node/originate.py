@@ -12,6 +12,7 @@ there is one way to go on, from tokens and a state, and a new session is one wit
 
 import contextlib
 import dataclasses
+import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -38,6 +39,7 @@ from . import saved_session
 from .autosave import keep_saved
 from .gaps import Router
 from .hidden_session import HiddenSession
+from .mending import Recovery
 from .network import Network
 from .ring import EmbedRows, Ring, new_session_id, open_ring
 from .saved_session import SavedSession, Writing
@@ -92,6 +94,8 @@ class GenerationStatus:
     """Tokens that stand before the first new one, per sequence; also those of a resumed text."""
     prompt_sent: int = 0
     """How many of them have gone into the ring."""
+    mended: tuple[Recovery, ...] = ()
+    """Which hops were lost meanwhile, and what was done about it; of very many the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,6 +532,8 @@ class GenerationHandle:
         writing: Writing,
         save_to: Path | None,
     ) -> None:
+        self.id = secrets.token_hex(12)
+        """Names it among others; says nothing about it."""
         self._originator = originator
         self._begun = saved
         self._save_to = save_to
@@ -548,6 +554,7 @@ class GenerationHandle:
         """Set once it was opened; when it is closed, its tokens are still there."""
         self._route: tuple[RouteHop, ...] = ()
         self._recoveries = 0
+        self._mended: tuple[Recovery, ...] = ()
         self._created = trio.current_time()
         self._first: float | None = None
         """When the first token came that was not restored."""
@@ -567,6 +574,7 @@ class GenerationHandle:
             error=None if self._error is None else str(self._error),
             prompt_tokens=self._begun.length,
             prompt_sent=0 if ring is None else min(ring.sent, self._begun.length),
+            mended=self._mended,
         )
 
     def cancel(self) -> None:
@@ -704,7 +712,7 @@ class GenerationHandle:
         if self._session is None or self._session.ring is None:
             return
         ring = self._session.ring
-        self._recoveries = ring.recoveries
+        self._recoveries, self._mended = ring.recoveries, ring.mended
         if ring.state is ChainState.RUNNING:
             self._route = ring.route
             generating = self._first is not None

@@ -63,6 +63,7 @@ from ..protocol.tensor import WireTensor
 from .blame import Blame, LastWord
 from .frame_stream import FrameStream, open_frame_stream
 from .gaps import Gaps, Router
+from .mending import Mending, Recovery
 from .network import Network
 from .relay import STEP_ROWS
 from .wakeup import Signal, open_flat_nursery
@@ -78,6 +79,8 @@ ROUND_TRIPS = 10
 CLOSE_TIMEOUT = 1.0
 ROUTE_RETRY_DELAY = 0.5
 """Seconds before a route is looked for again when nobody serves some blocks."""
+_ANOTHER_ROUTE = "the session takes another route"
+"""Why a hop is dropped that has done nothing wrong."""
 
 
 EmbedRows = Callable[[int, int], Awaitable[WireTensor]]
@@ -107,6 +110,7 @@ class Ring:
         self._network = network
         self._gaps = Gaps(router, terms)
         self._blame = Blame(swarm, clock)
+        self._mending = Mending(clock)
         self._hello = hello
         self._embed = embed
         self._patience = patience
@@ -144,14 +148,17 @@ class Ring:
     @property
     def route(self) -> tuple[RouteHop, ...]:
         """The hops that the session runs through now."""
-        return tuple(
-            RouteHop(hop.peer.peer_id, hop.peer.multiaddrs, hop.span) for hop in self._chain.hops
-        )
+        return tuple(map(_route_hop, self._chain.hops))
 
     @property
     def recoveries(self) -> int:
         """How often the route was mended."""
         return self._chain.recoveries
+
+    @property
+    def mended(self) -> tuple[Recovery, ...]:
+        """Which hops were lost, and what was done about it."""
+        return self._mending.recoveries
 
     @property
     def reconnects(self) -> int:
@@ -222,6 +229,7 @@ class Ring:
         elif self._give_up_at == math.inf:
             self._give_up_at = trio.current_time() + self._patience
         if isinstance(event, Returned):
+            self._mending.returned()
             self._arrived.notify()
             return  # every token: nobody else has to look
         self._changed.notify()
@@ -229,6 +237,7 @@ class Ring:
         self._look_at_clock()
 
     def _apply(self, event: Event) -> None:
+        hops = self._chain.hops
         for effect in self._chain.receive(event, trio.current_time()):
             if isinstance(effect, OpenHop):
                 self._start_hop(effect)
@@ -240,6 +249,8 @@ class Ring:
                 if isinstance(event, HopCut | LinkCut | HopState | Ticked):
                     logger.info("hop %s is lost: %s", effect.peer_id, effect.reason)
                     self._blame.failed(effect.peer_id)
+                if not isinstance(event, Closed) and effect.reason != _ANOTHER_ROUTE:
+                    self._mending.lost(_hop_of(effect.peer_id, hops), effect.reason)
                 self._drop_hop(effect)
             elif isinstance(effect, LinkFirst):
                 self._link_scope.cancel()
@@ -439,6 +450,7 @@ class Ring:
             needed = [block for gap in self._chain.missing for block in range(gap.start, gap.end)]
             if planned == needed:  # else something was lost while we planned
                 self._waiting_for = None
+                self._mending.routed(map(_route_hop, hops))
                 self._receive(Routed(hops, entries))
             await trio.lowlevel.checkpoint()
 
@@ -469,7 +481,7 @@ class Ring:
                 raise
         hops = await self._gaps.fill([self._terms.span], (), fresh=False)
         for hop in kept:
-            self._receive(HopLost(hop.peer.peer_id, "the session takes another route"))
+            self._receive(HopLost(hop.peer.peer_id, _ANOTHER_ROUTE))
         return hops
 
     async def watch_clock(self) -> None:
@@ -494,6 +506,14 @@ class Ring:
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             while self._conversing:
                 await self._changed.wait()
+
+
+def _route_hop(hop: ChainHop) -> RouteHop:
+    return RouteHop(hop.peer.peer_id, hop.peer.multiaddrs, hop.span)
+
+
+def _hop_of(peer_id: str, hops: Sequence[ChainHop]) -> RouteHop:
+    return next(_route_hop(hop) for hop in hops if hop.peer.peer_id == peer_id)
 
 
 @contextlib.asynccontextmanager
