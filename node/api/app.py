@@ -8,18 +8,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ...protocol.errors import PeerError
 from ..node import Node, wall_clock
 from . import metrics
 from .config import ApiConfig
-from .errors import ApiError
+from .errors import ApiError, of_petals
 from .generating import Generating, check_model
 from .guard import Guard
 from .metrics import Metrics
+from .page_files import page_routes
 from .requests import ChatRequest, CompletionRequest
 from .shapes import JSON, ChatShape, CompletionShape
+from .swarm_events import SwarmEvents
+from .watch import Watch
 
 
-def make_app(node: Node, config: ApiConfig) -> Starlette:
+def make_app(node: Node, config: ApiConfig, watch: Watch) -> Starlette:
     """The ASGI application for a node that runs, and whose model is loaded."""
     counted = Metrics(node)
     started = int(wall_clock())
@@ -48,6 +52,13 @@ def make_app(node: Node, config: ApiConfig) -> Starlette:
         del request
         return Response(counted.text(), headers={"content-type": metrics.CONTENT_TYPE})
 
+    async def swarm(request: Request) -> Response:
+        del request
+        try:
+            return JSONResponse(await watch.models())
+        except PeerError as error:
+            raise of_petals(error) from error
+
     completions = Generating(
         node, counted, CompletionRequest, CompletionShape(), max_body=config.max_body
     )
@@ -68,6 +79,9 @@ def make_app(node: Node, config: ApiConfig) -> Starlette:
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/health", health),
             Route("/metrics", figures),
+            Route("/swarm", swarm),
+            Route("/swarm/events", SwarmEvents(watch), methods=["GET"]),
+            *page_routes(),
         ],
         middleware=[
             *(asking if config.cors_origins else []),

@@ -5,10 +5,8 @@ request: the session lives as long as that. Nothing is answered before the first
 what cannot be is told by the status; what goes wrong later ends the stream with an error.
 """
 
-import json
-import secrets
 from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import trio
 from starlette.responses import JSONResponse
@@ -19,6 +17,7 @@ from ..conversation import encode_conversation
 from ..node import Node, wall_clock
 from ..originate import Generation, GenerationHandle, Originator
 from ..wakeup import open_flat_nursery
+from . import sse
 from .errors import ApiError, of_petals
 from .metrics import Metrics
 from .requests import MAX_TEXTS, ChatRequest, CompletionRequest, GenerationRequest, parse
@@ -26,6 +25,7 @@ from .shapes import JSON, Reader, Shape, finish_reason, usage
 
 BODY_TIMEOUT = 60.0
 """Seconds for a client to send its request."""
+_DONE = b"data: [DONE]\n\n"
 
 R = TypeVar("R", bound=GenerationRequest)
 
@@ -49,7 +49,7 @@ class Generating(Generic[R]):
         asked = parse(self._kind, await read_body(receive, self._max_body))
         check_model(self._node, asked.model)
         async with open_flat_nursery() as nursery:
-            nursery.start_soon(_cancel_at_hangup, receive, nursery.cancel_scope)
+            nursery.start_soon(sse.cancel_at_hangup, receive, nursery.cancel_scope)
             try:
                 await self._generate(asked, scope, receive, send)
             except PetalsError as error:
@@ -100,7 +100,7 @@ class _Answer:
             for index in range(len(handle.partial()))
         ]
         self._head = {
-            "id": shape.prefix + secrets.token_hex(12),
+            "id": shape.prefix + handle.id,
             "created": int(wall_clock()),
             "model": asked.model,
             "system_fingerprint": f"fp_{originator.checkpoint.fingerprint[:10]}",
@@ -121,12 +121,7 @@ class _Answer:
 
     async def stream(self, send: Send) -> None:
         """As it comes, in server-sent events."""
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),  # a proxy would hold pieces back
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await sse.start(send)
         begun = [self._shape.begin(index) for index in range(len(self._readers))]
         await self._send(send, [self._chunk(choice) for choice in begun if choice is not None])
         while True:
@@ -141,8 +136,8 @@ class _Answer:
             await self._send(send, [of_petals(error).body()])
         else:
             await self._send(send, list(self._ends(generations)))
-            await _send_body(send, b"data: [DONE]\n\n")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await sse.send_events(send, [_DONE])
+        await sse.end(send)
 
     def _news(self, generations: list[Generation]) -> Iterator[JSON]:
         for reader, generation in zip(self._readers, generations, strict=True):
@@ -162,22 +157,7 @@ class _Answer:
         return chunk | {"usage": None} if self._include_usage else chunk
 
     async def _send(self, send: Send, events: list[JSON]) -> None:
-        if events:
-            await _send_body(send, b"".join(b"data: %s\n\n" % _json(event) for event in events))
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
-async def _send_body(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _cancel_at_hangup(receive: Receive, scope: trio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
+        await sse.send_events(send, map(sse.event, events))
 
 
 async def read_body(receive: Receive, limit: int) -> bytes:

@@ -14,11 +14,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .config import ApiConfig, is_loopback
 from .errors import ApiError
 from .metrics import Metrics
+from .page_files import is_page
 
-OPEN_PATHS = frozenset({"/health"})
-"""Answered without a key: who watches a service need not be able to use it."""
+HEALTH = "/health"
 COUNTED_PATHS = frozenset(
-    {"/health", "/metrics", "/v1/chat/completions", "/v1/completions", "/v1/models"}
+    {
+        "/",
+        HEALTH,
+        "/metrics",
+        "/swarm",
+        "/swarm/events",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+    }
 )
 """Each is a series of its own in the metrics; others, which anybody can make up, are one together."""
 BUSY_RETRY_AFTER = 1
@@ -64,7 +73,7 @@ class Guard:
         key = self._config.key
         if key is None:
             self._check_host(headers.get("host", ""))
-        elif scope["path"] not in OPEN_PATHS:
+        elif not _is_open(scope["path"]):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             known = hmac.compare_digest(given.strip().encode(), key.encode())
             if scheme.lower() != "bearer" or not known:
@@ -95,3 +104,8 @@ class Guard:
             raise ApiError(
                 403, f"{host!r} is no name of this machine's own loopback; use 127.0.0.1"
             )
+
+
+def _is_open(path: str) -> bool:
+    """Answered without a key: who watches a service need not be able to use it; the page asks for it."""
+    return path == HEALTH or is_page(path)

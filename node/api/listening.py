@@ -36,7 +36,12 @@ def listen(config: ApiConfig) -> socket.socket:
     return listening
 
 
+def page_url(listening: socket.socket) -> str:
+    """Where people find ``listening`` with a browser."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
 def url(listening: socket.socket) -> str:
     """What a client has to be told of ``listening``: its base URL."""
-    host, port = listening.getsockname()[:2]
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    return page_url(listening) + "v1"

@@ -22,6 +22,7 @@ from hypercorn.typing import ConnectionState
 from ..node import Node
 from .app import make_app
 from .config import ApiConfig
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ async def serve(
     Started once the model's ends are loaded.
     """
     await node.originator()
-    app = ASGIWrapper(make_app(node, config))  # type: ignore[arg-type]
+    watch = Watch(node)
+    app = ASGIWrapper(make_app(node, config, watch))  # type: ignore[arg-type]
     worker = _worker_config()
     context = WorkerContext(None)
 
@@ -52,7 +54,11 @@ async def serve(
             nursery.cancel_scope.cancel()
 
     listening.setblocking(False)
-    async with trio.SocketListener(trio.socket.from_stdlib_socket(listening)) as listener:
+    async with (
+        trio.SocketListener(trio.socket.from_stdlib_socket(listening)) as listener,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(watch.run)
         task_status.started()
         await trio.serve_listeners(handle, [listener])
 

@@ -16,7 +16,7 @@ from ...inference.progress import Progress, Step
 from ...protocol.errors import ConfigError
 from ...protocol.span import Span
 from ..api.config import ApiConfig
-from ..api.listening import listen, url
+from ..api.listening import listen, page_url, url
 from ..config import NodeConfig
 from . import arguments, failures, leaving
 from .progress import shown
@@ -123,7 +123,14 @@ async def _serve_api(
 
     async with trio.open_nursery() as nursery:
         await nursery.start(server.serve, node, config, listening)
-        report({"event": "api", "url": url(listening), "model": node.model_name})
+        report(
+            {
+                "event": "api",
+                "url": url(listening),
+                "page": page_url(listening),
+                "model": node.model_name,
+            }
+        )
 
 
 async def _report_reachability(node: "Node", report: Report) -> None:
@@ -196,8 +203,8 @@ def in_words(event: dict[str, Any]) -> str:
         case {"event": "serving", "blocks": [start, end], "model": model, "multiaddr": multiaddr}:
             at = multiaddr or "no address that others can dial yet"
             return f"Serving {model}, blocks {start}:{end}, at {at}"
-        case {"event": "api", "url": at, "model": model}:
-            return f"OpenAI-compatible API for {model} at {at}"
+        case {"event": "api", "url": at, "page": page, "model": model}:
+            return f"OpenAI-compatible API for {model} at {at}; for people, {page}"
         case {"event": "reachability", "words": words}:
             return str(words)
         case {"event": "serving", "multiaddr": multiaddr}:
