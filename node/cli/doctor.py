@@ -56,6 +56,7 @@ def _examine(
     find: Show,
 ) -> None:
     find(machine.versions())
+    settled = False
     try:
         if trouble is not None:
             raise trouble
@@ -64,6 +65,7 @@ def _examine(
         find(bad("settings", str(error), f"mend that in {file}, or where it says"))
         config = NodeConfig(bootstrap=(), swarm_key=None)
     else:
+        settled = True
         said = f"from {file}" if file.exists() else f"no file of settings, which would be {file}"
         find(good("settings", said))
     build = machine.torch_build(config.device)
@@ -75,16 +77,16 @@ def _examine(
         return
     # The port of a node that runs already is not ours.
     listening = all(finding.state is State.GOOD for finding in places)
-    for finding in _with_torch(config, listening=listening):
-        find(finding)
+    find(machine.kernels())
+    find(machine.memory(config))
+    if settled:
+        for finding in _in_the_swarm(config, listening=listening):
+            find(finding)
 
 
-def _with_torch(config: NodeConfig, *, listening: bool) -> Iterator[Finding]:
-    """What can only be examined where torch works."""
+def _in_the_swarm(config: NodeConfig, *, listening: bool) -> Iterator[Finding]:
     from . import outlook
 
-    yield machine.kernels()
-    yield machine.memory(config)
     peers: list[Announcement] = []
     with TemporaryDirectory(prefix="petals-doctor-") as folder:
         yield from trio.run(partial(_gather, config, Path(folder), peers, listening=listening))

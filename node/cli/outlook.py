@@ -64,7 +64,9 @@ async def swarm(
             if met.advice is None:
                 peers += await node.swarm_view()
                 models = sorted({peer.model_name for peer in peers})
-                served = f"{len(peers)} nodes serve {', '.join(models)}" if peers else "nobody yet"
+                served = (
+                    f"{', '.join(models)}; nodes that serve: {len(peers)}" if peers else "nothing"
+                )
                 yield good("served", served)
                 if listening:
                     yield await _reached(node)

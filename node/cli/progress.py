@@ -78,12 +78,12 @@ class _Drawn:
                 self._bars.start()
             task = self._tasks.get(step.task)
             if task is None:
+                for other in self._bars.tasks:
+                    self._bars.update(other.id, visible=not other.finished)
                 task = self._tasks[step.task] = self._bars.add_task(
                     step.task, total=step.total, unit=step.unit
                 )
             self._bars.update(task, completed=step.done, total=step.total)
-            if step.total is not None and step.done >= step.total:
-                self._bars.update(task, visible=False)
 
     def end(self) -> None:
         with self._lock:
