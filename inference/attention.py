@@ -7,6 +7,9 @@ it is causal. It is two matrix products along the cached tokens with a softmax b
 single row, as in decoding, that reads the cache at close to memory speed, and for many it is level
 with ``scaled_dot_product_attention``, which wants the cache copied into another order first.
 
+A head of keys may serve a group of query heads. A sliding window leaves keys out, a soft cap bends
+scores; both go with the block and not with the plan, since models have them in some blocks only.
+
 ALiBi biases are fp32 and relative to the newest token (softmax doesn't see the shift), because
 absolute ones round away in 16 bits. On a CPU, attention is computed in fp32, and a 16-bit cache is
 widened group of heads by group of heads, into memory that is used again and again: faster than
@@ -18,6 +21,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -34,12 +38,23 @@ _FEW_ROWS = 8
 """Up to here a product along the cache is bound by reading it; beyond, by arithmetic."""
 
 
+class Bias(Protocol):
+    """What is added to every score, whatever the block."""
+
+    slopes: torch.Tensor | None
+    """fp32 ``[heads]`` if the bias is the distance to the newest token times these."""
+
+    def last(self, length: int) -> torch.Tensor:
+        """fp32 ``[heads, 1, length]``: what the newest of ``length`` tokens adds to each score."""
+
+
 class AlibiBias:
     """The ALiBi bias by distance, for all lanes and blocks: a slice of one growing table."""
 
     def __init__(self, slopes: torch.Tensor) -> None:
         """``slopes``: fp32 ``[heads]``."""
-        self.slopes = slopes
+        self.slopes: torch.Tensor | None = slopes
+        self._slopes = slopes
         self._table = slopes.new_zeros((slopes.shape[0], 1, 0))
 
     def last(self, length: int) -> torch.Tensor:
@@ -47,8 +62,8 @@ class AlibiBias:
         capacity = self._table.shape[2]
         if length > capacity:
             capacity = max(length, 2 * capacity, 256)
-            distance = torch.arange(1 - capacity, 1, device=self.slopes.device)
-            self._table = self.slopes[:, None, None] * distance
+            distance = torch.arange(1 - capacity, 1, device=self._slopes.device)
+            self._table = self._slopes[:, None, None] * distance
         return self._table[:, :, capacity - length :]
 
 
@@ -82,18 +97,43 @@ class LaneRows:
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
 class _Lane:
-    """What all blocks need to know of a lane that goes through the loop."""
+    """What the blocks need to know of a lane that goes through the loop."""
 
-    cache: LaneCache
+    def __init__(self, lane: LaneRows, first: int, bias: Bias | None) -> None:
+        self.cache = lane.cache
+        self.rows = lane.rows
+        self.first = first
+        """The first of its rows in the batch."""
+        self._bias = bias
+        self._seen: dict[int | None, _Seen] = {}
+
+    def seen(self, window: int | None) -> "_Seen":
+        """What its rows see through a window, made once for all blocks that have such a one."""
+        if window not in self._seen:
+            before, total = self.cache.length, self.cache.length + self.rows
+            first = 0 if window is None else max(0, before - window + 1)
+            bias = None if self._bias is None else self._bias.last(total)[:, :, first:]
+            mask = None
+            if self.rows > 1:
+                mask = torch.full((self.rows, total - first), -torch.inf, device=self.cache.device)
+                left = None if window is None else mask.tril(before - first - window)
+                mask.triu_(before - first + 1)
+                mask = mask if left is None else mask.add_(left)
+            self._seen[window] = _Seen(first, bias, mask)
+        return self._seen[window]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The keys that some rows of a lane see, and how."""
+
     first: int
-    """The first of its rows in the batch."""
-    rows: int
+    """Keys before this one are seen by none of the rows."""
     bias: torch.Tensor | None
-    """fp32 ``[heads, 1, length]``, or None without ALiBi."""
-    causal: torch.Tensor | None
-    """fp32 ``[rows, length]`` of 0 and -inf, or None for a single row."""
+    """fp32 ``[heads, 1, keys]``."""
+    mask: torch.Tensor | None
+    """fp32 ``[rows, keys]`` of 0 and -inf, or None for a single row."""
 
 
 class Plan:
@@ -102,7 +142,7 @@ class Plan:
     Valid for one run: the masks are made from the lanes' lengths at its beginning.
     """
 
-    def __init__(self, lanes: Sequence[LaneRows], bias: AlibiBias | None, scratch: Scratch) -> None:
+    def __init__(self, lanes: Sequence[LaneRows], bias: Bias | None, scratch: Scratch) -> None:
         self.lanes = tuple(lanes)
         self.rows = sum(lane.rows for lane in self.lanes)
         self.scratch = scratch
@@ -112,25 +152,24 @@ class Plan:
         """Lanes that go together, each with its row."""
         self.looped: list[_Lane] = []
         """Lanes that go one by one."""
+        together = bias is None or bias.slopes is not None
         first = 0
         for lane in self.lanes:
-            if lane.rows == 1 and lane.cache.device.type == "cpu" and native() is not None:
+            on_cpu = lane.cache.device.type == "cpu"
+            if together and lane.rows == 1 and on_cpu and native() is not None:
                 self.decoding.append((lane.cache, first))
             else:
-                length = lane.cache.length + lane.rows
-                added = None if bias is None else bias.last(length)
-                mask = _causal_mask(lane)
-                self.looped.append(_Lane(lane.cache, first, lane.rows, added, mask))
+                self.looped.append(_Lane(lane, first, bias))
             first += lane.rows
 
-
-def _causal_mask(lane: LaneRows) -> torch.Tensor | None:
-    if lane.rows == 1:
-        return None
-    length = lane.cache.length + lane.rows
-    device = lane.cache.device
-    mask = torch.full((lane.rows, length), -torch.inf, device=device)
-    return mask.triu_(lane.cache.length + 1)
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """int64 ``[1, rows]``: where in its lane each row is."""
+        positions = [
+            position
+            for lane in self.lanes
+            for position in range(lane.cache.length, lane.cache.length + lane.rows)
+        ]
+        return torch.tensor([positions], device=device)
 
 
 def ragged_attention(
@@ -141,83 +180,96 @@ def ragged_attention(
     plan: Plan,
     block: int,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attend each lane's rows to its cache, after writing their keys and values into it.
 
-    ``query``, ``key``, ``value`` are ``[1, heads, rows, head_dim]`` in the dtype of the hidden
-    states. Returns ``[1, rows, heads * head_dim]`` in the same dtype.
+    ``query`` is ``[1, heads, rows, head_dim]``, ``key`` and ``value`` are ``[1, cache_heads, rows,
+    head_dim]`` in the dtype of the hidden states. A row sees itself and what is before it: of that
+    only the last ``window`` tokens, itself among them, if there is one. ``softcap`` bends scores
+    into -softcap to softcap. Returns ``[1, rows, heads * head_dim]`` in the same dtype.
     """
     _, heads, rows, head_dim = query.shape
     output = query.new_empty((rows, heads, head_dim))
     queries = query[0]
     new_keys, new_values = key[0].transpose(1, 2), value[0].transpose(1, 2)
     if plan.decoding:
-        _decode(queries, key[0], value[0], output, plan, block, scale)
+        library = native()
+        assert library is not None
+        library.decode_attention(
+            queries,
+            key[0],
+            value[0],
+            output,
+            caches=[cache.make_room(block, 1) for cache, _ in plan.decoding],
+            lengths=[cache.length for cache, _ in plan.decoding],
+            rows=[row for _, row in plan.decoding],
+            scale=scale,
+            slopes=plan.slopes,
+            window=window,
+            softcap=softcap,
+        )
     for lane in plan.looped:
         part = slice(lane.first, lane.first + lane.rows)
         keys, values = lane.cache.append(block, new_keys[:, :, part], new_values[:, :, part])
+        seen = lane.seen(window)
         _attend(
             queries[:, part],
-            keys,
-            values,
-            _Scores(lane.bias, lane.causal, scale),
+            keys[:, :, seen.first :],
+            values[:, :, seen.first :],
+            _Scores(seen.bias, seen.mask, scale, softcap),
             plan.scratch,
             output[part].transpose(0, 1),
         )
     return output.view(1, rows, heads * head_dim)
 
 
-def _decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    plan: Plan,
-    block: int,
-    scale: float,
-) -> None:
-    """All lanes of a single row; ``[heads, rows, head_dim]`` to ``[rows, heads, head_dim]``."""
-    library = native()
-    assert library is not None
-    library.decode_attention(
-        query,
-        key,
-        value,
-        output,
-        caches=[cache.make_room(block, 1) for cache, _ in plan.decoding],
-        lengths=[cache.length for cache, _ in plan.decoding],
-        rows=[row for _, row in plan.decoding],
-        scale=scale,
-        slopes=plan.slopes,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Scores:
-    """What is added to the scaled products of one lane: fp32, and None where there is nothing."""
+    """How the products of one lane become scores; None where there is nothing."""
 
     bias: torch.Tensor | None
-    """``[heads, 1, length]``."""
-    causal: torch.Tensor | None
-    """``[rows, length]``."""
+    """fp32 ``[heads, 1, length]``."""
+    mask: torch.Tensor | None
+    """fp32 ``[rows, length]``."""
     scale: float
+    softcap: float | None
 
     def compute(
-        self, query: torch.Tensor, keys: torch.Tensor, part: slice, scratch: Scratch
+        self, query: torch.Tensor, keys: torch.Tensor, heads: slice, scratch: Scratch
     ) -> torch.Tensor:
-        """``[heads, rows, head_dim]`` by ``[heads, head_dim, length]``, those heads in ``part``."""
-        shape, dtype = (len(query), query.shape[1], keys.shape[2]), query.dtype
-        if self.bias is None and self.causal is None:
+        """``[n, group * rows, length]`` of query ``[n, group * rows, head_dim]`` and as many keys.
+
+        ``keys`` are ``[n, head_dim, length]``; ``heads`` are those of the query, of all.
+        """
+        count, grouped, length, dtype = len(query), query.shape[1], keys.shape[2], query.dtype
+        added = self._added(heads, scratch, (count, grouped, length), dtype)
+        if self.softcap is not None:
+            scores = torch.bmm(query, keys).mul_(self.scale / self.softcap).tanh_()
+            scores.mul_(self.softcap)
+            return scores if added is None else scores.add_(added)
+        if added is None:
             return torch.bmm(query, keys).mul_(self.scale)
-        if self.causal is None:
-            assert self.bias is not None
-            return torch.baddbmm(self.bias[part].to(dtype), query, keys, alpha=self.scale)
-        scores = scratch.take("scores", shape, dtype)
+        if self.mask is None:
+            return torch.baddbmm(added, query, keys, alpha=self.scale)
+        return added.baddbmm_(query, keys, alpha=self.scale)
+
+    def _added(
+        self, heads: slice, scratch: Scratch, shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Bias and mask, of ``shape``; in scratch memory if there is a mask."""
+        if self.mask is None:
+            return None if self.bias is None else self.bias[heads].to(dtype).view(shape)
+        count, grouped, length = shape
+        rows = len(self.mask)
+        added = scratch.take("scores", shape, dtype)
+        by_head = added.view(count * (grouped // rows), rows, length)
         if self.bias is None:
-            scores.copy_(self.causal)
+            by_head.copy_(self.mask)
         else:
-            torch.add(self.bias[part], self.causal, out=scores)
-        return scores.baddbmm_(query, keys, alpha=self.scale)
+            torch.add(self.bias[heads], self.mask, out=by_head)
+        return added
 
 
 def _attend(
@@ -228,33 +280,39 @@ def _attend(
     scratch: Scratch,
     output: torch.Tensor,
 ) -> None:
-    """One lane: query ``[heads, rows, head_dim]`` on ``[heads, head_dim, length]``, all of them.
+    """One lane: query ``[heads, rows, head_dim]`` on ``[cache_heads, head_dim, length]``.
 
-    Writes ``[heads, rows, head_dim]`` into ``output``.
+    Writes ``[heads, rows, head_dim]`` into ``output``. The query heads that share a head of keys
+    are further rows of it.
     """
     heads, rows, head_dim = query.shape
-    length = keys.shape[2]
+    cache_heads, _, length = keys.shape
+    group = heads // cache_heads
+    grouped = group * rows
+    query = query.reshape(cache_heads, grouped, head_dim)
     widened = keys.dtype != query.dtype
-    head_bytes = 2 * length * (rows * (rows > 1) + head_dim * widened) * query.dtype.itemsize
+    head_bytes = 2 * length * (grouped * (rows > 1) + head_dim * widened) * query.dtype.itemsize
     limit = _SCRATCH_BYTES if rows > 1 else _DECODE_SCRATCH_BYTES
-    group = max(1, min(heads, limit // max(1, head_bytes)))
-    for first in range(0, heads, group):
-        part = slice(first, first + group)
+    step = max(1, min(cache_heads, limit // max(1, head_bytes)))
+    for first in range(0, cache_heads, step):
+        part = slice(first, first + step)
+        of_query = slice(first * group, (first + step) * group)
         some_keys, some_values = keys[part], values[part]
         if widened:
             some_keys = scratch.take("keys", some_keys.shape, query.dtype).copy_(some_keys)
             some_values = scratch.take("values", some_values.shape, query.dtype).copy_(some_values)
-        some = scores.compute(query[part], some_keys, part, scratch)
+        some = scores.compute(query[part], some_keys, of_query, scratch)
         if rows > 1:
             weights = torch.softmax(
                 some, dim=-1, out=scratch.take("weights", some.shape, some.dtype)
             )
         else:
             weights = torch.softmax(some, dim=-1)
-        if rows <= _FEW_ROWS and _weights_first(query.device):
-            output[part] = torch.bmm(weights, some_values.transpose(1, 2))
+        if grouped <= _FEW_ROWS and _weights_first(query.device):
+            attended = torch.bmm(weights, some_values.transpose(1, 2))
         else:
-            output[part] = torch.bmm(some_values, weights.transpose(1, 2)).transpose(1, 2)
+            attended = torch.bmm(some_values, weights.transpose(1, 2)).transpose(1, 2)
+        output[of_query] = attended.reshape(-1, rows, head_dim)
 
 
 @functools.cache

@@ -7,7 +7,9 @@ are built on the meta device, so no tensor is ever in memory twice.
 Whatever is wrong with a model raises ModelError, in words.
 """
 
+import operator
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from .cache import CacheShape
 from .device import as_device
 from .families import Dimensions, Family, find_family
 from .fingerprint import compute_fingerprint
-from .hub import Source, open_source
+from .gguf import open_gguf
+from .hub import GgufSource, Source, open_source
 from .kernels import WeightFormat, widens
 from .loading import fill_module
 from .model import Blocks, Ends
 from .precision import Precision, resolve_precision
 from .progress import Progress, Step
+from .self_test import require_exact
 from .weights import Weights, open_weights, read_json
 
 
@@ -127,10 +131,10 @@ class Checkpoint:
         return int(self.block_parameters() * weights.bytes_per_weight)
 
     def block_parameters(self) -> int:
-        """The number of parameters of one block."""
+        """The number of parameters of one block, the first or the last: mixtures begin dense."""
         with torch.device("meta"):
-            module = self.family.make_block(self.config, 0)
-        return sum(parameter.numel() for parameter in module.parameters())
+            ends = [self.family.make_block(self.config, at) for at in {0, self.num_blocks - 1}]
+        return max(sum(one.numel() for one in module.parameters()) for module in ends)
 
     def load_blocks(
         self,
@@ -165,23 +169,23 @@ class Checkpoint:
             fill_module(
                 module,
                 self._weights,
+                self.family.conversion(),
                 model=self.name,
-                prefix=self.family.block_prefix(block),
+                canonical=partial(operator.add, self.family.block_prefix(self.config, block)),
                 precision=precision,
                 device=device,
             )
             modules.append(module)
         if progress is not None:
             progress(Step(f"loading blocks {span}", len(span), len(span), "blocks"))
-        slopes = self.family.alibi_slopes(self.config)
         return Blocks(
             span,
             modules,
-            run_block=self.family.run_block,
+            start=self.family.start(self.config, device),
             dtype=precision.hidden,
             cache_shape=self.cache_shape(precision, device),
             hidden_size=self.hidden_size,
-            alibi_slopes=None if slopes is None else slopes.to(device),
+            bias=self.family.bias(self.config, device),
         )
 
     def load_ends(
@@ -189,25 +193,31 @@ class Checkpoint:
     ) -> Ends:
         """Load what stands before the first block and behind the last."""
         device = as_device(device)
-        with torch.device("meta"):
-            ends = self.family.make_ends(self.config)
+        precision = self.precision(dtype, device)
+        ends = self.family.make_ends(self.config, device)
         fill_module(
             ends,
             self._weights,
+            self.family.conversion(),
             model=self.name,
+            canonical=lambda name: self.family.canonical(name.removeprefix(ends.prefix)),
             tied=self.family.tied(self.config),
-            precision=self.precision(dtype, device),
+            precision=precision,
             device=device,
         )
+        ends.dtype, ends.device = precision.hidden, device
         return ends
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's (fast) tokenizer."""
+        source = self._source
+        options = {"gguf_file": source.path.name} if isinstance(source, GgufSource) else {}
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                self._source.location,
+                source.location,
                 cache_dir=self._cache_dir,
-                local_files_only=self._source.local_only,
+                local_files_only=source.local_only,
+                **options,
             )
         # transformers, tokenizers and the hub raise errors of many classes here.
         except Exception as error:
@@ -222,18 +232,27 @@ def open_checkpoint(
     *,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
+    tried: bool = False,
 ) -> Checkpoint:
-    """Open ``demo``, a folder in Hugging Face layout, or a model of the hub by its id.
+    """Open ``demo``, a folder in Hugging Face layout, a GGUF file, or a model of the hub by its id.
 
     On the hub, this fetches the config and the index; of an unsharded model the whole weights.
-    ``cache_dir`` is the hub's cache, None its usual place. Raises ModelError in words.
+    ``cache_dir`` is the hub's cache, None its usual place. A model of a family that has to be tried
+    is tried, unless it is ``tried`` already. Raises ModelError in words.
     """
     source = open_source(str(name_or_path), cache_dir=cache_dir, progress=progress)
     if progress is not None:
         progress(Step(f"opening {source.name}"))
-    family, config = _read_config(source)
+    gguf = open_gguf(source) if isinstance(source, GgufSource) else None
+    raw = _read_config(source) if gguf is None else gguf.config
+    family, config = _parsed(source, raw)
+    if family.tried and not tried:
+        require_exact(source.name, config, partial(open_checkpoint, tried=True), progress)
     generation_path = source.find("generation_config.json")
-    weights = open_weights(source)
+    if gguf is None:
+        weights = open_weights(source, family.canonical)
+    else:
+        weights = gguf.weights(config, family.canonical)
     if progress is not None and weights.index is None:
         progress(Step(f"hashing {weights.filenames[0]}"))
     return Checkpoint(
@@ -241,7 +260,7 @@ def open_checkpoint(
         family,
         config,
         weights,
-        fingerprint=compute_fingerprint(family.architecture(config), weights),
+        fingerprint=compute_fingerprint(family.architecture(raw, config), weights),
         generation_config=None if generation_path is None else read_json(generation_path),
         cache_dir=cache_dir,
     )
@@ -249,15 +268,20 @@ def open_checkpoint(
 
 def open_config(name_or_path: str | Path, *, cache_dir: Path | None = None) -> Any:
     """transformers' config object alone, of what ``open_checkpoint`` opens. Raises ModelError."""
-    _, config = _read_config(open_source(str(name_or_path), cache_dir=cache_dir))
+    source = open_source(str(name_or_path), cache_dir=cache_dir)
+    gguf = open_gguf(source) if isinstance(source, GgufSource) else None
+    _, config = _parsed(source, _read_config(source) if gguf is None else gguf.config)
     return config
 
 
-def _read_config(source: Source) -> tuple[Family, Any]:
-    config_path = source.find("config.json")
-    if config_path is None:
+def _read_config(source: Source) -> dict[str, Any]:
+    path = source.find("config.json")
+    if path is None:
         raise ModelError(f"{source.name} is no model: {source.missing('config.json')}")
-    raw = read_json(config_path)
+    return read_json(path)
+
+
+def _parsed(source: Source, raw: dict[str, Any]) -> tuple[Family, Any]:
     family = find_family(raw.get("model_type"))
     if raw.get("quantization_config"):
         raise ModelError(f"{source.name} is a quantised checkpoint; give the original one")

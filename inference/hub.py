@@ -62,6 +62,25 @@ class FolderSource:
         return f"the folder {self.folder} holds no {what}"
 
 
+class GgufSource:
+    """A GGUF file, which is a whole model (``gguf.py``)."""
+
+    local_only = True
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.path = path
+        self.location = str(path.parent)
+
+    def find(self, filename: str) -> Path | None:
+        """See ``Source``."""
+        return self.path if filename == self.path.name else None
+
+    def missing(self, what: str) -> str:
+        """See ``Source``."""
+        return f"the file {self.path} holds no {what}"
+
+
 class HubSource:
     """A model on the Hugging Face hub, such as ``bigscience/bloom-560m``."""
 
@@ -152,7 +171,7 @@ def _why_unreachable(name: str) -> str | None:
 
 
 def open_source(name: str, *, cache_dir: Path | None, progress: Progress | None = None) -> Source:
-    """The source that ``name`` means: ``demo``, an existing folder, or a hub id.
+    """The source that ``name`` means: ``demo``, an existing folder or GGUF file, or a hub id.
 
     Downloads are told to ``progress``; None: the hub's library draws bars of its own.
     """
@@ -169,12 +188,15 @@ def open_source(name: str, *, cache_dir: Path | None, progress: Progress | None 
     except (OSError, RuntimeError) as error:  # too long, not permitted, no such home
         raise ModelError(f"the model folder {name!r} cannot be opened: {error}") from error
     if is_file:
+        if path.suffix == ".gguf":
+            return GgufSource(name, path)
         raise ModelError(
-            f"{name} is a file; give the folder that holds the model's config.json and weights"
+            f"{name} is a file; give the folder that holds the model's config.json and weights, "
+            "or a GGUF file"
         )
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise ModelError(
-            f"there is no folder {name!r}; give demo, the path of a model folder, "
+            f"there is no folder {name!r}; give demo, the path of a model folder or GGUF file, "
             "or a hub id such as bigscience/bloom-560m"
         )
     return HubSource(name, cache_dir, progress)

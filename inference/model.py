@@ -11,10 +11,13 @@ from torch import nn
 
 from ..protocol.errors import ConfigError, LocalProtocolError
 from ..protocol.span import Span
-from .attention import AlibiBias, LaneRows, Plan, Scratch
+from .attention import Bias, LaneRows, Plan, Scratch
 from .cache import CacheShape
 
-RunBlock = Callable[[nn.Module, torch.Tensor, Plan], torch.Tensor]
+RunBlock = Callable[[int, nn.Module, torch.Tensor], torch.Tensor]
+"""Runs one block, its number and its module, on ``[1, rows, hidden_size]``."""
+Start = Callable[[torch.Tensor, Plan], RunBlock]
+"""What runs blocks on one batch: called once with what goes into the first, for what they share."""
 
 
 class Blocks:
@@ -25,11 +28,11 @@ class Blocks:
         span: Span,
         modules: Sequence[nn.Module],
         *,
-        run_block: RunBlock,
+        start: Start,
         dtype: torch.dtype,
         cache_shape: CacheShape,
         hidden_size: int,
-        alibi_slopes: torch.Tensor | None,
+        bias: Bias | None,
     ) -> None:
         self.span = span
         self.hidden_size = hidden_size
@@ -38,8 +41,8 @@ class Blocks:
         """Of the hidden states; the weights and the cache may be narrower."""
         self.device = cache_shape.device
         self._modules = tuple(modules)
-        self._run_block = run_block
-        self._bias = None if alibi_slopes is None else AlibiBias(alibi_slopes)
+        self._start = start
+        self._bias = bias
         self._scratch = Scratch(self.device)
         self.passes = 0
         """Blocks run so far, each for a whole batch: a sign of life within a long round."""
@@ -62,8 +65,9 @@ class Blocks:
         span = self.span if span is None else span
         if not self.span.covers(span):
             raise LocalProtocolError(f"blocks {span} were asked for, {self.span} are loaded")
+        run = self._start(hidden, plan)
         for block in range(span.start, span.end):
-            hidden = self._run_block(self.module(block), hidden, plan)
+            hidden = run(block, self.module(block), hidden)
             self.passes += 1
         return hidden
 
@@ -74,20 +78,17 @@ class Ends(nn.Module):
     A family's subclass says how (``_embed``, ``_final_norm``, ``_logits``); the checks are here.
     """
 
+    prefix = ""
+    """What the names of the parameters begin with, before their names in the checkpoint."""
+
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of weights and hidden states."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        self.dtype = torch.float32
+        """Of hidden states; set when the weights are loaded."""
+        self.device = torch.device("cpu")
+        """Where the weights are; set when they are loaded."""
 
     @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

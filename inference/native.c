@@ -410,14 +410,15 @@ INLINE void add_values(const float *weights, const char *values, float *out, flo
     }
 }
 
-/* One row and one head: `out` [head_dim] from `query` [head_dim] over `length` tokens. */
+/* One row and one head: `out` [head_dim] from `query` [head_dim] over the tokens `first` to
+   `length` - 1. A `softcap` of 0 is none. */
 INLINE void attend(const float *query, const char *keys, const char *values, float *out,
-                   ptrdiff_t length, ptrdiff_t capacity, ptrdiff_t head_dim, float scale,
-                   float slope, const enum dtype dtype) {
+                   ptrdiff_t first, ptrdiff_t length, ptrdiff_t capacity, ptrdiff_t head_dim,
+                   float scale, float softcap, float slope, const enum dtype dtype) {
     const size_t bytes = width(dtype);
     float scores[TOKENS], largest = -INFINITY, sum = 0.0f;
     for (ptrdiff_t d = 0; d < head_dim; d++) out[d] = 0.0f;
-    for (ptrdiff_t from = 0; from < length; from += TOKENS) {
+    for (ptrdiff_t from = first; from < length; from += TOKENS) {
         const ptrdiff_t count = least(TOKENS, length - from), readable = capacity - from;
         const ptrdiff_t padded = (count + LANES - 1) / LANES * LANES;
         const char *key = keys + from * bytes, *value = values + from * bytes;
@@ -429,8 +430,11 @@ INLINE void attend(const float *query, const char *keys, const char *values, flo
         for (; d < head_dim; d++)
             add_scores(query + d, key + d * capacity * bytes, scores, count, readable, capacity, 1,
                        dtype);
+        for (t = 0; t < count; t++) scores[t] *= scale;
+        if (softcap > 0.0f)
+            for (t = 0; t < count; t++) scores[t] = softcap * tanhf(scores[t] / softcap);
         for (t = 0; t < count; t++) /* the bias of the newest token is 0 */
-            scores[t] = scores[t] * scale + slope * (float)(from + t - (length - 1));
+            scores[t] += slope * (float)(from + t - (length - 1));
         for (; t < padded; t++) scores[t] = -INFINITY;
         vec most = SET(-INFINITY), total = SET(0.0f);
         for (t = 0; t < padded; t += LANES) most = MAX(most, LOAD(scores + t));
@@ -468,18 +472,21 @@ struct lane {
 /* Write each lane's new key and value behind what it has cached, and attend to all of it. `views`
    are the queries [heads, rows, head_dim], the keys and the values [cache_heads, rows, head_dim];
    `out` is [rows, heads, head_dim], of which only the lanes' rows are written. `slopes` [heads]
-   or NULL: ALiBi's. `dtype` is the cache's. */
+   or NULL: ALiBi's. A row sees `window` tokens, itself among them, or all if that is 0. `dtype` is
+   the cache's. */
 void decode_attention(const struct strided views[3], float *out, const struct lane *lanes,
                       ptrdiff_t count, ptrdiff_t heads, ptrdiff_t cache_heads, ptrdiff_t head_dim,
-                      float scale, const float *slopes, int dtype) {
+                      ptrdiff_t window, float scale, float softcap, const float *slopes,
+                      int dtype) {
     const struct strided query = views[0], key = views[1], value = views[2];
     const ptrdiff_t group = heads / cache_heads;
 #pragma omp parallel for schedule(dynamic)
     for (ptrdiff_t job = 0; job < count * cache_heads; job++) {
         const struct lane *lane = lanes + job / cache_heads;
-        const ptrdiff_t of = job % cache_heads, first = of * head_dim * lane->capacity;
-        char *keys = (char *)lane->keys + first * width(dtype);
-        char *values = (char *)lane->values + first * width(dtype);
+        const ptrdiff_t of = job % cache_heads, offset = of * head_dim * lane->capacity;
+        const ptrdiff_t length = lane->length + 1, seen = window ? least(window, length) : length;
+        char *keys = (char *)lane->keys + offset * width(dtype);
+        char *values = (char *)lane->values + offset * width(dtype);
         const float *new_key = key.data + of * key.head + lane->row * key.row;
         const float *new_value = value.data + of * value.head + lane->row * value.row;
         for (ptrdiff_t d = 0; d < head_dim; d++) {
@@ -488,8 +495,8 @@ void decode_attention(const struct strided views[3], float *out, const struct la
         }
 #define ATTEND(DTYPE)                                                                         \
     attend(query.data + h * query.head + lane->row * query.row, keys, values,                 \
-           out + (lane->row * heads + h) * head_dim, lane->length + 1, lane->capacity,        \
-           head_dim, scale, slopes ? slopes[h] : 0.0f, DTYPE)
+           out + (lane->row * heads + h) * head_dim, length - seen, length, lane->capacity,   \
+           head_dim, scale, softcap, slopes ? slopes[h] : 0.0f, DTYPE)
         for (ptrdiff_t h = of * group; h < (of + 1) * group; h++)
             switch (dtype) { /* here, for the same reason as in any_tile */
             case FLOAT16: ATTEND(FLOAT16); break;

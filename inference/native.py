@@ -86,7 +86,7 @@ class Native:
         self._multiply.argtypes = [_void, _int, _void, _size, *[_void] * 4, *[_size] * 3]
         self._multiply.restype = None
         self._attention = library.decode_attention
-        self._attention.argtypes = [*[_void] * 3, *[_size] * 4, _float, _void, _int]
+        self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int]
         self._attention.restype = None
 
     def pack(self, weight: torch.Tensor) -> PackedMatrix:
@@ -162,6 +162,8 @@ class Native:
         *,
         scale: float,
         slopes: torch.Tensor | None,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> None:
         """For each lane, attend its row to what it has cached and to itself.
 
@@ -169,7 +171,8 @@ class Native:
         head_dim]``; lane i's row is ``rows[i]``. Its keys and values are ``caches[i]``, each
         ``[cache_heads, head_dim, capacity]`` of one dtype for all lanes; behind the ``lengths[i]``
         tokens that they hold, the new ones are written. Writes those rows of ``output`` ``[rows,
-        heads, head_dim]``. ``slopes`` ``[heads]`` are ALiBi's.
+        heads, head_dim]``. ``slopes`` ``[heads]`` are ALiBi's. ``window`` is how many tokens, itself
+        among them, a row sees; ``softcap`` bends scores into -softcap to softcap.
         """
         tensors = [x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value)]
         views = np.array([(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors], np.int64)
@@ -189,7 +192,9 @@ class Native:
             heads,
             key.shape[0],
             head_dim,
+            window or 0,
             scale,
+            softcap or 0.0,
             None if slopes is None else slopes.data_ptr(),
             _DTYPES[caches[0][0].dtype],
         )

@@ -1,6 +1,6 @@
 """The weight files of a checkpoint: which file holds which tensor, and reading those asked for.
 
-Names are canonical (``families/family.py``): without the ``transformer.`` or ``model.`` that some
+Names are canonical (``families/family.py``): without the prefix of the base model that some
 checkpoints put in front. Only files that hold a tensor asked for are fetched and opened, and a
 tensor that is read is a view of the mapped file until its reader copies it.
 
@@ -50,6 +50,8 @@ class Stored:
 
 
 Reader = Callable[[str], Stored]
+Canonical = Callable[[str], str]
+"""The canonical name of a tensor, from its key in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +67,16 @@ class Weights:
     """The index of a checkpoint's tensors. Made by ``open_weights``."""
 
     def __init__(
-        self, source: Source, places: dict[str, Place], *, index: dict[str, Any] | None
+        self,
+        source: Source,
+        places: dict[str, Place],
+        *,
+        index: dict[str, Any] | None,
+        open_file: "OpenFile | None" = None,
     ) -> None:
         self._source = source
         self._places = places
+        self._open = open_file or _open
         self.index = index
         """The parsed index file of a sharded checkpoint; None for a single file."""
 
@@ -102,12 +110,12 @@ class Weights:
             by_file.setdefault(self._places[name].filename, []).append(name)
         for filename, wanted in sorted(by_file.items()):
             path = self.path(filename)
-            _, read = _open(path)
+            _, read = self._open(path)
             for name in wanted:
                 yield name, read(self._places[name].key)
 
 
-def open_weights(source: Source) -> Weights:
+def open_weights(source: Source, canonical: Canonical) -> Weights:
     """Find the weights as transformers does: one safetensors file, shards of it, then .bin."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         path = source.find(stem)
@@ -119,14 +127,9 @@ def open_weights(source: Source) -> Weights:
             return Weights(source, places, index=None)
         path = source.find(f"{stem}.index.json")
         if path is not None:
-            return _open_sharded(source, path)
+            return _open_sharded(source, path, canonical)
     what = "weights (model.safetensors or pytorch_model.bin, whole or in shards with an index)"
     raise ModelError(f"{source.name}: {source.missing(what)}")
-
-
-def canonical(key: str) -> str:
-    """A tensor's name without the base model's prefix."""
-    return re.sub(r"^(transformer|model)\.", "", key)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open_sharded(source: Source, path: Path) -> Weights:
+def _open_sharded(source: Source, path: Path, canonical: Canonical) -> Weights:
     index = read_json(path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -154,6 +157,10 @@ def _open_sharded(source: Source, path: Path) -> Weights:
     return Weights(source, places, index=index)
 
 
+OpenFile = Callable[[Path], tuple[Iterable[str], Reader]]
+"""The keys in a weight file and what reads a tensor by its key."""
+
+
 def _open(path: Path) -> tuple[list[str], Reader]:
     """The keys in a weight file and what reads a tensor by its key; errors become ModelErrors."""
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
@@ -161,14 +168,14 @@ def _open(path: Path) -> tuple[list[str], Reader]:
 
 def _open_safetensors(path: Path) -> tuple[list[str], Reader]:
     try:
-        identity = _identity(path)
+        identity = file_identity(path)
     except OSError as error:
         raise _unreadable(path, error) from error
 
     @contextmanager
     def opened() -> Iterator[Any]:
         try:
-            if _identity(path) != identity:
+            if file_identity(path) != identity:
                 raise ModelError(f"{path} has changed since it was opened; start again")
             with safe_open(path, framework="pt", device="cpu") as file:
                 yield file
@@ -188,7 +195,7 @@ def _open_safetensors(path: Path) -> tuple[list[str], Reader]:
         return list(file.keys()), read
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
+def file_identity(path: Path) -> tuple[int, int, int]:
     """What is different when the file is: rows are read from it for as long as the node runs."""
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns

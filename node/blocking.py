@@ -146,9 +146,7 @@ class Client:
         params = _sampling_params(max_length, max_new_tokens, sampling)
 
         async def submit(node: Node) -> TrioHandle:
-            return await node.submit(
-                prompt, params, max_length=max_length, save_to=save_to
-            )
+            return await node.submit(prompt, params, max_length=max_length, save_to=save_to)
 
         return GenerationHandle(self._thread, self._thread.call(submit))
 

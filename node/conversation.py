@@ -5,12 +5,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from ..inference.chat_template import plain_turn
 from ..protocol.errors import ConfigError
-
-
-def plain_turn(text: str) -> str:
-    """What is said to a model without a template: the text as it is, with a line break behind it."""
-    return text + "\n"
 
 
 def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:

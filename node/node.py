@@ -282,7 +282,11 @@ class Node:
 
     @contextlib.asynccontextmanager
     async def open_hidden_session(
-        self, max_tokens: int, *, span: Span | None = None, batch: int = 1,
+        self,
+        max_tokens: int,
+        *,
+        span: Span | None = None,
+        batch: int = 1,
         padding: Sequence[int] = (),
     ) -> AsyncIterator["HiddenSession"]:
         """A session of hidden states, through the blocks of ``span`` (None: all of them).

@@ -41,7 +41,7 @@ class Served:
 def announced_name(checkpoint: Checkpoint) -> str:
     """What others are told that the model is called: never a path of this machine."""
     path = Path(checkpoint.name)
-    return as_model_name(path.name if path.is_dir() else checkpoint.name)
+    return as_model_name(path.name if path.exists() else checkpoint.name)
 
 
 def capacity(checkpoint: Checkpoint, config: NodeConfig) -> Capacity:

@@ -6,6 +6,7 @@ autograd wrapper. Tensor-parallel slices (``pretraining_tp`` with ``slow_but_exa
 in one matrix product, which is what they mean.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from transformers import BloomConfig
 from transformers.models.bloom import modeling_bloom
 
 from ...protocol.errors import ModelError
-from ..attention import Plan, ragged_attention
-from ..model import Ends
+from ..attention import AlibiBias, Plan, ragged_attention
+from ..model import Ends, RunBlock, Start
+from .conversion import Conversion
 from .family import Dimensions
 
 _ARCHITECTURE = (
@@ -80,6 +82,7 @@ class Bloom:
     """The BLOOM family: every ``BloomForCausalLM`` or ``BloomModel`` checkpoint."""
 
     model_type = "bloom"
+    tried = False
 
     def parse_config(self, raw: dict[str, Any]) -> BloomConfig:
         """See ``Family``."""
@@ -98,7 +101,7 @@ class Bloom:
             )
         return config
 
-    def architecture(self, config: BloomConfig) -> dict[str, Any]:
+    def architecture(self, _raw: dict[str, Any], config: BloomConfig) -> dict[str, Any]:
         """See ``Family``."""
         return {name: getattr(config, name) for name in _ARCHITECTURE}
 
@@ -114,7 +117,15 @@ class Bloom:
             max_length=length if isinstance(length, int) and length > 0 else _DEFAULT_LENGTH,
         )
 
-    def block_prefix(self, block: int) -> str:
+    def canonical(self, key: str) -> str:
+        """See ``Family``."""
+        return re.sub(r"^(transformer|model)\.", "", key)
+
+    def conversion(self) -> Conversion:
+        """See ``Family``."""
+        return Conversion()
+
+    def block_prefix(self, _config: BloomConfig, block: int) -> str:
         """See ``Family``."""
         return f"h.{block}."
 
@@ -125,14 +136,23 @@ class Bloom:
         module.mlp.gelu_impl = nn.GELU(approximate="tanh")  # type: ignore[assignment]
         return module
 
-    def run_block(self, module: nn.Module, hidden: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def start(self, _config: BloomConfig, _device: torch.device) -> Start:
         """See ``Family``."""
-        output: torch.Tensor = module(hidden, alibi=None, attention_mask=None, layer_past=plan)[0]
-        return output
 
-    def make_ends(self, config: BloomConfig) -> Ends:
+        def start(_hidden: torch.Tensor, plan: Plan) -> RunBlock:
+            def run(_block: int, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+                output: torch.Tensor
+                output, _ = module(hidden, alibi=None, attention_mask=None, layer_past=plan)
+                return output
+
+            return run
+
+        return start
+
+    def make_ends(self, config: BloomConfig, _device: torch.device) -> Ends:
         """See ``Family``."""
-        return BloomEnds(config)
+        with torch.device("meta"):
+            return BloomEnds(config)
 
     def tied(self, config: BloomConfig) -> dict[str, str]:
         """See ``Family``."""
@@ -140,9 +160,9 @@ class Bloom:
             return {"lm_head.weight": "word_embeddings.weight"}
         return {}
 
-    def alibi_slopes(self, config: BloomConfig) -> torch.Tensor | None:
+    def bias(self, config: BloomConfig, device: torch.device) -> AlibiBias:
         """See ``Family``."""
         mask = torch.ones((1, 2))
         # At position 1 the bias is the slope itself.
         alibi = modeling_bloom.build_alibi_tensor(mask, config.n_head, torch.float32)
-        return alibi[:, 0, 1].clone()
+        return AlibiBias(alibi[:, 0, 1].clone().to(device))

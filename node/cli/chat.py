@@ -1,7 +1,7 @@
 """``petals-node chat``: turns on one session, whose KV cache the swarm keeps between them.
 
-What is typed goes to the model as it is, with a line break behind it: a model without training for
-conversations goes on with the text, one with it may be given its own marks by the user.
+What is typed goes to the model in its chat template (``inference/chat_template.py``). Without one,
+it goes as it is, with a line break behind it, and the model goes on with the text.
 
 An answer that breaks off because nobody serves some blocks is not lost: a person may try again, and
 before anything else is said it is gone on with. With ``--resume FILE`` the whole conversation is kept in the file, and goes on from
@@ -22,7 +22,6 @@ from ...inference.progress import Step
 from ...inference.sampling_params import SamplingParams
 from ...protocol.errors import NoRoute
 from ..config import NodeConfig
-from ..conversation import plain_turn
 from ..saved_session import SavedSession
 from . import failures, originator, progress
 from .originator import note
@@ -92,9 +91,13 @@ class _Conversation:
     """Takes turns until the input ends."""
 
     def __init__(self, session: "Session", params: SamplingParams, patience: float) -> None:
+        from ...inference.chat_template import ChatTemplate
+
         self._session = session
         self._params = params
         self._patience = patience
+        own = session.originator
+        self._template = ChatTemplate(own.tokenizer, own.checkpoint.eos_token_ids)
         self._answer: _Answer | None = None
         """An answer that broke off."""
 
@@ -104,7 +107,7 @@ class _Conversation:
             await self._go_on()
             if self._answer is not None or not line.strip():
                 continue
-            if not await self._take_turn(plain_turn(line)):
+            if not await self._take_turn(line):
                 note("The conversation has no room left; start another, or one with --max-tokens.")
                 break
         if self._answer is not None:
@@ -135,7 +138,7 @@ class _Conversation:
     async def _take_turn(self, text: str) -> bool:
         """Let the model answer ``text``; False if the session has no room for that."""
         session = self._session
-        token_ids = session.originator.tokenizer(text)["input_ids"]
+        token_ids = self._template.turn(text, session.token_ids[0])
         room = session.max_tokens - len(session.token_ids[0]) - len(token_ids)
         if room < 1:
             return False

@@ -416,9 +416,7 @@ class Embedding(nn.Module):
         return self._swarm.compute(lambda: ends.embed(input_ids)).clone()
 
 
-def padding_of(
-    mask: torch.Tensor | None, position: int, hidden: torch.Tensor
-) -> tuple[int, ...]:
+def padding_of(mask: torch.Tensor | None, position: int, hidden: torch.Tensor) -> tuple[int, ...]:
     """How much left padding each row of a batch has. Raises ConfigError for any other mask."""
     batch, rows = hidden.shape[:2]
     if mask is None:

@@ -69,7 +69,9 @@ class InferenceSession:
         ``hypo_ids``: before, sequence b becomes what sequence ``hypo_ids[b]`` was.
         """
         if prompts is not None:
-            raise ConfigError("prompts: trained prompts are not offered; prepend them to the inputs")
+            raise ConfigError(
+                "prompts: trained prompts are not offered; prepend them to the inputs"
+            )
         order = [] if hypo_ids is None else [int(lane) for lane in hypo_ids]
         unknown = torch.full(inputs.shape[:2], UNKNOWN)
         return self.advance(inputs, order=order, token_ids=unknown)

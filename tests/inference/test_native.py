@@ -3,6 +3,7 @@
 import math
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,8 @@ def test_rows_times_a_matrix_of_few_bits(
     room=st.integers(0, 40),
     dtype=st.sampled_from([torch.float32, *HALVES]),
     slope=st.sampled_from([None, 0.002, 0.7]),
+    window=st.sampled_from([None, 1, 17, 1030]),
+    softcap=st.sampled_from([None, 0.5, 50.0]),
 )
 def test_attention_of_rows_that_decode(
     library: Native,
@@ -93,6 +96,8 @@ def test_attention_of_rows_that_decode(
     room: int,
     dtype: torch.dtype,
     slope: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     heads, cache_heads, head_dim = shape
     batch = len(lengths) + 2  # the first and the last row belong to nobody here
@@ -112,9 +117,8 @@ def test_attention_of_rows_that_decode(
     slopes = None if slope is None else torch.full((heads,), slope)
     output = torch.full((batch, heads, head_dim), 7.0)
     rows = range(1, batch - 1)
-    library.decode_attention(
-        query, key, value, output, caches, lengths, rows, scale=0.3, slopes=slopes
-    )
+    options: dict[str, Any] = {"slopes": slopes, "window": window, "softcap": softcap}
+    library.decode_attention(query, key, value, output, caches, lengths, rows, scale=0.3, **options)
     assert (output[0] == 7).all()
     assert (output[-1] == 7).all()
     for (keys, values), length, row in zip(caches, lengths, rows, strict=True):
@@ -124,8 +128,12 @@ def test_attention_of_rows_that_decode(
         all_keys = keys[:, :, :used].float().repeat_interleave(group, dim=0)
         all_values = values[:, :, :used].float().repeat_interleave(group, dim=0)
         scores = torch.einsum("hd,hdt->ht", query[:, row], all_keys) * 0.3
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         if slope is not None:
             scores += slope * torch.arange(-length, 1)
+        if window is not None:
+            scores[:, : max(0, used - window)] = -torch.inf
         expected = torch.einsum("ht,hdt->hd", scores.softmax(dim=-1), all_values)
         torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=1e-5)
 
