@@ -352,7 +352,7 @@ def test_a_step_that_its_owner_cancelled_is_skipped(engine: Engine, gate: Gate) 
 
 def test_a_session_has_only_so_many_steps_waiting(engine: Engine, gate: Gate) -> None:
     for name in (b"s", b"t"):
-        engine.open(name, batch=1, max_tokens=8)
+        engine.open(name, batch=1, max_tokens=20)
     futures = [submit(engine, b"s", 0, rows(1))]
     assert gate.reached.acquire(timeout=60)
     futures += [submit(engine, b"s", 1 + n, rows(1)) for n in range(MAX_QUEUED_STEPS)]
@@ -401,7 +401,7 @@ def test_a_round_waits_for_those_who_always_come_at_once(
 
     monkeypatch.setattr(engine.blocks, "run", run_slowly)
     for name in (b"a", b"b", b"c"):
-        engine.open(name, batch=1, max_tokens=8)
+        engine.open(name, batch=1, max_tokens=20)
 
     def together(position: int) -> None:
         begun, go = threading.Event(), threading.Event()
@@ -520,7 +520,7 @@ def test_values_that_only_add_up_to_infinity_are_fine(
 
 def test_what_is_handed_out_is_no_part_of_the_batch(engine: Engine, gate: Gate) -> None:
     for name in (b"first", b"a", b"b"):
-        engine.open(name, batch=1, max_tokens=8)
+        engine.open(name, batch=1, max_tokens=20)
     submit(engine, b"first", 0, rows(1))
     assert gate.reached.acquire(timeout=60)
     futures = [submit(engine, b"a", 0, rows(1)), submit(engine, b"b", 0, rows(15))]
@@ -553,7 +553,7 @@ def test_many_threads_open_step_and_close(checkpoint: Checkpoint) -> None:
             for turn in range(5):
                 name = bytes([number, turn])
                 try:
-                    engine.open(name, batch=1, max_tokens=8)
+                    engine.open(name, batch=1, max_tokens=20)
                 except CacheFull:
                     continue
                 futures = [submit(engine, name, 0, rows(7)), submit(engine, name, 7, rows(1))]
