@@ -1,5 +1,6 @@
-"""A session whose rows are given: hidden states in front of its first block go in, those behind its last
-come out. It may run through a part of the model's blocks.
+"""A session whose rows are given: hidden states go in, and those behind its last block come out.
+
+It may run through a part of the model's blocks.
 
 A step may put the sequences of the batch in another order before its rows go behind them: beam search
 goes on with some sequences twice, and with others not at all. Rows can be rewound. What went in is kept

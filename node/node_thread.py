@@ -58,9 +58,7 @@ class NodeThread:
         self._thread = threading.Thread(target=self._run, name="petals-client", daemon=True)
         self._thread.start()
         self._ready.wait()
-        if self._failure is not None:
-            self._thread.join()
-            raise self._failure
+        self._raise_failure()
 
     def call(self, function: Callable[[Node], Awaitable[T]]) -> T:
         """Await ``function(node)`` in trio's thread. Raises what it raises."""
@@ -105,6 +103,11 @@ class NodeThread:
             with contextlib.suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._stop.set)
             self._thread.join()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
 
     def _run(self) -> None:
         try:

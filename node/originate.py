@@ -351,7 +351,8 @@ class Originator:
             Span(0, self.checkpoint.num_blocks), saved.max_tokens, saved.padding, saved.wire_dtype
         )
         session = Session(self, terms, saved)
-        async with self._open_ring(terms, session.embed) as session.ring:
+        async with self._open_ring(terms, session.embed) as ring:
+            session.ring = ring
             try:
                 yield session
             finally:
@@ -379,7 +380,8 @@ class Originator:
         self._check_length(max_tokens)
         terms = self._terms(span, max_tokens, tuple(padding) or (0,) * batch, self._wire_dtype)
         session = HiddenSession(terms)
-        async with self._open_ring(terms, session.read) as session.ring:
+        async with self._open_ring(terms, session.read) as ring:
+            session.ring = ring
             try:
                 yield session
             finally:

@@ -132,8 +132,11 @@ class OutputLog:
         """Let sequence b be what ``order[b]`` was; () changes nothing. Copies no rows."""
         if not order:
             return
+        # Most chunks are in the same order: after a while all but the latest.
         orders = {lanes: tuple(lanes[lane] for lane in order) for *_, lanes in self._chunks}
-        self._chunks = [(*chunk, orders[lanes]) for *chunk, lanes in self._chunks]
+        self._chunks = [
+            (start, rows, data, orders[lanes]) for start, rows, data, lanes in self._chunks
+        ]
 
     def read(self, start: int, stop: int) -> WireTensor:
         """The rows ``start..stop-1`` as one tensor. Needs ``0 <= start < stop <= end``."""

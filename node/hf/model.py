@@ -5,22 +5,32 @@ in place of its KV cache; everything that it can do with a model and a cache, it
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    ModelOutput,
-)
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ...protocol.errors import ConfigError
 from .config import AutoDistributedConfig, with_options
 from .sequential import RemoteSequential
 from .session import UNKNOWN, InferenceSession, RemoteCache
 from .swarm_model import SwarmModel, refuse_gradients, ungraded
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What comes out of the blocks."""
+
+    hidden: torch.Tensor
+    """[batch, rows, hidden_size]."""
+    cache: RemoteCache | None = None
+    """Of the session that they went into, if it goes on."""
+    states: tuple[torch.Tensor, ...] | None = None
+    """In front of every block and behind the last one, if they are wanted."""
 
 
 class EndModule(nn.Module):
@@ -47,7 +57,7 @@ class EndModule(nn.Module):
         return self._swarm.compute(run)
 
 
-class DistributedPreTrainedModel(PreTrainedModel):  # type: ignore[misc]  # untyped
+class DistributedPreTrainedModel(PreTrainedModel):
     """What the classes below share."""
 
     config_class = PreTrainedConfig
@@ -147,11 +157,11 @@ class DistributedModel(DistributedPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        final = ungraded(self.compute_norm(rows.last_hidden_state))
+        final = ungraded(self.compute_norm(rows.hidden))
         output = BaseModelOutputWithPast(
             last_hidden_state=final,
-            past_key_values=rows.past_key_values,
-            hidden_states=with_last(rows.hidden_states, final),
+            past_key_values=rows.cache,
+            hidden_states=with_last(rows.states, final),
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -170,7 +180,7 @@ class DistributedModel(DistributedPreTrainedModel):
         use_cache: bool | None,
         output_hidden_states: bool | None,
         output_attentions: bool | None,
-    ) -> BaseModelOutputWithPast:
+    ) -> Rows:
         """As ``forward``, up to what comes out of the last block."""
         if output_attentions:
             raise ConfigError("output_attentions: attention weights do not leave the hops")
@@ -191,7 +201,7 @@ class DistributedModel(DistributedPreTrainedModel):
             padding = padding_of(attention_mask, 0, embeddings)
             with InferenceSession(self.h, max_length=rows) as alone:
                 hidden = alone.advance(embeddings, token_ids=token_ids, padding=padding)
-            return BaseModelOutputWithPast(last_hidden_state=hidden)
+            return Rows(hidden)
         session = cache.session
         padding = padding_of(attention_mask, session.position, embeddings)
         if session.padding and attention_mask is not None and padding != session.padding:
@@ -202,7 +212,7 @@ class DistributedModel(DistributedPreTrainedModel):
         hidden = session.advance(
             embeddings, token_ids=token_ids, order=cache.take_order(), padding=padding
         )
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return Rows(hidden, cache)
 
     def _embed(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
@@ -217,25 +227,23 @@ class DistributedModel(DistributedPreTrainedModel):
         ends = self.swarm.originator.ends
         return self.swarm.compute(lambda: ends.embed(ids)).clone(), ids
 
-    def _block_by_block(
-        self, embeddings: torch.Tensor, padding: tuple[int, ...]
-    ) -> BaseModelOutputWithPast:
+    def _block_by_block(self, embeddings: torch.Tensor, padding: tuple[int, ...]) -> Rows:
         """In front of every block, and behind the last one."""
         states = [embeddings]
         unknown = torch.full(embeddings.shape[:2], UNKNOWN)
         for block in self.h:
             with InferenceSession(block, max_length=embeddings.shape[1]) as alone:
                 states.append(alone.advance(states[-1], token_ids=unknown, padding=padding))
-        return BaseModelOutputWithPast(last_hidden_state=states[-1], hidden_states=tuple(states))
+        return Rows(states[-1], states=tuple(states))
 
 
-class DistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class DistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin):
     """A model in a swarm with its head: ``forward``, ``generate``, ``inference_session``."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.transformer = DistributedModel(config)
-        self.lm_head = self.transformer.lm_head
+        self.lm_head: nn.Module = self.transformer.lm_head
         saved = self.swarm.originator.checkpoint.generation_config
         if saved is not None:
             self.generation_config = GenerationConfig.from_dict(dict(saved))
@@ -251,7 +259,7 @@ class DistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin): 
 
     def get_input_embeddings(self) -> nn.Module:
         """See ``DistributedModel``."""
-        return self.transformer.get_input_embeddings()
+        return Embedding(self.swarm)
 
     def get_output_embeddings(self) -> nn.Module:
         """The head, without the final norm."""
@@ -284,22 +292,22 @@ class DistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin): 
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        hidden, ends = rows.last_hidden_state, self.swarm.originator.ends
+        hidden, ends = rows.hidden, self.swarm.originator.ends
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         wanted = hidden[:, kept]
         logits = ungraded(self.swarm.compute(lambda: ends.logits(wanted)).clone())
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        states = rows.hidden_states
+        states = rows.states
         if states is not None:
             states = with_last(states, self.transformer.compute_norm(hidden))
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=rows.past_key_values, hidden_states=states
+            loss=loss, logits=logits, past_key_values=rows.cache, hidden_states=states
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def generate(
+    def generate(  # type: ignore[override]  # what is transformers' alone is among the options
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -316,7 +324,7 @@ class DistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin): 
         inputs = given if inputs is None else inputs
         session = session or self.transformer.h.active_session
         if "past_key_values" in options or options.get("use_cache") is False:
-            return super().generate(inputs, generation_config, **options)
+            return self._generate_with(inputs, generation_config, **options)
         if session is None:
             with InferenceSession(self.transformer.h, None) as alone:
                 return self._generate(alone, inputs, generation_config, options)
@@ -341,16 +349,20 @@ class DistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin): 
                 "generate: the session has had steps of hidden states, whose text is not known; "
                 "go on stepping, or begin another session"
             )
-        result = super().generate(
+        result = self._generate_with(
             inputs, generation_config, past_key_values=RemoteCache(session), **options
         )
-        sequences = result.sequences if isinstance(result, ModelOutput) else result
+        bare = isinstance(result, torch.Tensor)
+        sequences = result if bare else result.sequences
         session.output_ids = sequences
         new = sequences[:, 0 if before is None else before.shape[1] :].clone()
-        if isinstance(result, ModelOutput):
-            result.sequences = new
-            return result
-        return new
+        if bare:
+            return new
+        result.sequences = new
+        return result
+
+    def _generate_with(self, *arguments: Any, **options: Any) -> Any:
+        return super().generate(*arguments, **options)  # type: ignore[misc]  # of a narrower self
 
     def _behind(
         self,
@@ -393,14 +405,21 @@ class DistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin): 
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> bool:
         """Called by ``generate`` when it knows how long the text may become."""
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, RemoteCache) and cache.session.max_length is None:
-            cache.session.max_length = max_cache_length
-        super()._prepare_cache_for_generation(
+            drafts = 0  # which may go beyond the text's end, and are rolled back then
+            if generation_mode is GenerationMode.ASSISTED_GENERATION:
+                lookup = generation_config.prompt_lookup_num_tokens
+                drafts = lookup or generation_config.num_assistant_tokens or 0
+            room = self.swarm.originator.checkpoint.max_length
+            cache.session.max_length = max(max_cache_length, min(room, max_cache_length + drafts))
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]  # likewise
+        prepared: bool = prepare(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+        return prepared
 
 
 class Embedding(nn.Module):

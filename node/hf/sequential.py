@@ -13,6 +13,7 @@ from .session import InferenceSession
 from .swarm_model import SwarmModel, refuse_gradients
 
 Active = contextvars.Token[InferenceSession | None]
+"""Which session was active before another one."""
 
 
 class RemoteSequential(nn.Module):

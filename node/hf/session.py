@@ -7,7 +7,7 @@ is to be gone on with departs from that, so that nothing is computed twice that 
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import Cache
@@ -17,7 +17,7 @@ from ..hidden_session import HiddenSession
 from ..node_thread import Held
 
 if TYPE_CHECKING:
-    from .sequential import RemoteSequential
+    from .sequential import Active, RemoteSequential
 
 UNKNOWN = -1
 """The token id of a row that came as hidden states."""
@@ -36,7 +36,7 @@ class InferenceSession:
         self._padding: tuple[int, ...] = ()
         self._token_ids = torch.empty((0, 0), dtype=torch.long)
         self._closed = False
-        self._before: Any = None
+        self._before: Active | None = None
 
     @property
     def position(self) -> int:
@@ -86,8 +86,8 @@ class InferenceSession:
     ) -> torch.Tensor:
         """As ``step``, of rows that came from ``token_ids``; ``padding`` counts for the first step."""
         held = self._open(hidden.shape[0], tuple(padding) or (0,) * hidden.shape[0])
-        before = self._token_ids[list(order)] if order else self._token_ids
         output = self._blocks.swarm.step(held.value, hidden, order)
+        before = self._token_ids[list(order)] if order else self._token_ids
         self._token_ids = torch.cat([before, token_ids.cpu()], dim=1)
         return output
 
@@ -125,6 +125,7 @@ class InferenceSession:
         trace: TracebackType | None,
     ) -> None:
         """Close it; whichever was active before is so again."""
+        assert self._before is not None, "it has been entered"
         self._blocks.deactivate(self._before)
         self.close()
 
@@ -150,7 +151,7 @@ class InferenceSession:
         return self._held
 
 
-class RemoteCache(Cache):  # type: ignore[misc]  # transformers' classes are untyped
+class RemoteCache(Cache):
     """A session where transformers' ``generate`` wants a KV cache."""
 
     def __init__(self, session: InferenceSession) -> None:
@@ -166,11 +167,10 @@ class RemoteCache(Cache):  # type: ignore[misc]  # transformers' classes are unt
         """With the next step, sequence b goes on from what ``beam_idx[b]`` was."""
         self._order = beam_idx if self._order is None else self._order[beam_idx]
 
-    def crop(self, max_length: int) -> None:
-        """Roll back to ``max_length`` positions; a negative number is how many to drop."""
-        wanted = max_length if max_length >= 0 else self.session.position + max_length
-        if wanted < self.session.position:
-            self.session.position = wanted
+    def crop(self, tokens_to_remove: int) -> None:
+        """Roll back by as many positions; transformers gives the number as a negative one."""
+        if tokens_to_remove:
+            self.session.position -= abs(tokens_to_remove)
 
     def take_order(self) -> list[int]:
         """The order for the step that is to come; [] if it changes nothing."""

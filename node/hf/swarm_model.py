@@ -80,5 +80,6 @@ def ungraded(value: torch.Tensor) -> torch.Tensor:
     """``value`` for the caller; where gradients are recorded, asking it for them raises ConfigError."""
     if not torch.is_grad_enabled():
         return value
-    result: torch.Tensor = _Ungraded.apply(value, torch.zeros((), requires_grad=True))
+    anchor = torch.zeros((), requires_grad=True)
+    result: torch.Tensor = _Ungraded.apply(value, anchor)  # type: ignore[no-untyped-call]
     return result

@@ -120,7 +120,7 @@ def test_lanes_take_the_place_of_others(data: st.DataObject) -> None:
             value = 10.0 * number + lane
             if new:
                 own.append(0, torch.full((2, 3, new), value), torch.full((2, 3, new), -value))
-            twin += [value] * new
+            twin.extend([value] * new)
         cache.advance(cache.position + rows)
     for own, twin in zip(cache.lanes, twins, strict=True):
         assert own.length == len(twin)

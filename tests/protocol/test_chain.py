@@ -35,6 +35,7 @@ from petals.protocol.watch import LEAST, Pace
 from support.sessions import HIDDEN_SIZE, SESSION, hidden, letters, output
 
 NUM_BLOCKS = 6
+ALL = Span(0, NUM_BLOCKS)
 
 
 def make(
@@ -42,7 +43,7 @@ def make(
     batch: int = 1,
     padding: tuple[int, ...] = (),
     max_tokens: int = 20,
-    span: Span = Span(0, NUM_BLOCKS),
+    span: Span = ALL,
     now: float = 0.0,
 ) -> Chain:
     terms = SessionTerms(

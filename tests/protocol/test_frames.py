@@ -1,11 +1,12 @@
 """What a frame may carry, as a peer meets it: through the decoder, and before sending."""
 
 import dataclasses
+import re
 from typing import Any
 
 import msgpack
 import pytest
-from petals.protocol.checks import Peer
+from petals.protocol.checks import BadValueError, Peer
 from petals.protocol.codec import FrameDecoder, encode
 from petals.protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from petals.protocol.frames import (
@@ -21,6 +22,7 @@ from petals.protocol.frames import (
     Relink,
     Resume,
     State,
+    Step,
 )
 from petals.protocol.tensor import DType
 from support.sessions import opened
@@ -171,3 +173,17 @@ def test_fields_arrive_in_the_types_that_the_frame_declares() -> None:
     assert frame.wire_dtype is DType.FLOAT16
     refused = decode(header_of(Refused(ErrorCode.BUSY, "full", 2)))
     assert isinstance(refused, Refused) and type(refused.retry_after) is float
+
+
+@pytest.mark.parametrize(
+    ("past", "allowed"),
+    [
+        ([[1, 2]], "a [number, position, order]"),
+        ([[1, 2, [64]]], "an integer from 0 to 63"),
+        ([[1, 2, [0] * 65]], "a list of at most 64"),
+        ([[1, 2, []]] * 17, "a list of at most 16"),
+    ],
+)
+def test_a_past_that_cannot_be_is_refused_in_words(past: object, allowed: str) -> None:
+    with pytest.raises(BadValueError, match=f"^{re.escape(allowed)}$"):
+        Step.CHECKS["past"](past)

@@ -264,7 +264,12 @@ class Conversation:
         if due is not None:
             tokens = hidden(self._tokens[due.start : due.stop])
             frame = Step(
-                due.link, due.sequence, due.rewind, due.start, self._chain.expected, tokens,
+                due.link,
+                due.sequence,
+                due.rewind,
+                due.start,
+                self._chain.expected,
+                tokens,
                 past=due.past,
             )
             self._pass(ME, self._links[ME], frame)

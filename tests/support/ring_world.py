@@ -189,7 +189,11 @@ class RingWorld:
         hops = [ChainHop(Peer(name or self._name(span)), span) for span in spans]
         inputs = HashedInputs(HIDDEN_SIZE, DType.FLOAT32)
         if self.batch == 1:
-            inputs.take(0, len(self.tokens), b"".join(digest for row in self.tokens for digest in embed(row)))
+            inputs.take(
+                0,
+                len(self.tokens),
+                b"".join(digest for row in self.tokens for digest in embed(row)),
+            )
         self._apply(self.chain.receive(Routed(hops, inputs.digests), self.now))
         self._all_ready()
 
@@ -394,7 +398,12 @@ class RingWorld:
         hidden = to_tensor([embed(token) for token in self.tokens[due.start : due.stop]])
         wire.forward.append(
             Step(
-                due.link, due.sequence, due.rewind, due.start, self.chain.expected, hidden,
+                due.link,
+                due.sequence,
+                due.rewind,
+                due.start,
+                self.chain.expected,
+                hidden,
                 past=due.past,
             )
         )

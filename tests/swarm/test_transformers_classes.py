@@ -54,7 +54,7 @@ def ids(demo: ReferenceModel) -> torch.Tensor:
 def same(model: Any, demo: ReferenceModel, *arguments: Any, **options: Any) -> torch.Tensor:
     """What both models generate, which is the same; randomness begins alike."""
     torch.manual_seed(7)
-    expected = demo.model.generate(*arguments, **options)
+    expected: torch.Tensor = demo.model.generate(*arguments, **options)
     torch.manual_seed(7)
     ours = model.generate(*arguments, **options)
     assert ours.tolist() == expected.tolist()
@@ -156,9 +156,10 @@ def test_a_session_over_several_calls(model: Any, demo: ReferenceModel, ids: tor
         assert again.tolist() == best_again[:, best.shape[1] :].tolist()
         session.position = whole.shape[1]
         rolled_back = model.generate(max_new_tokens=4)
-        assert rolled_back.tolist() == demo.model.generate(whole, max_new_tokens=4)[
-            :, whole.shape[1] :
-        ].tolist()
+        assert (
+            rolled_back.tolist()
+            == demo.model.generate(whole, max_new_tokens=4)[:, whole.shape[1] :].tolist()
+        )
 
 
 def test_a_session_of_a_padded_batch(model: Any, demo: ReferenceModel) -> None:
@@ -171,9 +172,7 @@ def test_a_session_of_a_padded_batch(model: Any, demo: ReferenceModel) -> None:
         assert session.padding == tuple((batch["attention_mask"] == 0).sum(dim=1).tolist())
 
 
-def test_logits_loss_and_hidden_states(
-    model: Any, demo: ReferenceModel, ids: torch.Tensor
-) -> None:
+def test_logits_loss_and_hidden_states(model: Any, demo: ReferenceModel, ids: torch.Tensor) -> None:
     with torch.no_grad():
         expected = demo.model(ids, labels=ids, output_hidden_states=True)
         ours = model(ids, labels=ids, output_hidden_states=True)
