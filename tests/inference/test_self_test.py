@@ -9,6 +9,7 @@ from petals.inference import self_test
 from petals.inference.attention import ragged_attention
 from petals.inference.checkpoint import open_checkpoint
 from petals.inference.families.shrink import WINDOW, shrink
+from petals.inference.progress import Step
 from petals.protocol.errors import ModelError
 from support.tiny_families import GROUPED, SIZES, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
@@ -77,11 +78,15 @@ def test_a_model_that_would_come_out_wrong_is_refused(
 def test_it_is_tried_once(tmp_path: Path, nothing_remembered: Path) -> None:
     tiny_model(tiny_config("Gemma2, soft caps, every second block with a window"), tmp_path)
     said: list[str] = []
-    open_checkpoint(tmp_path, progress=said.append)
+
+    def listen(step: Step) -> None:
+        said.append(step.task)
+
+    open_checkpoint(tmp_path, progress=listen)
     assert "trying a tiny gemma2 model against transformers" in said
     assert len(list(nothing_remembered.iterdir())) == 1
     said.clear()
-    open_checkpoint(tmp_path, progress=said.append)
+    open_checkpoint(tmp_path, progress=listen)
     assert not [text for text in said if "trying" in text]
 
 
