@@ -3,7 +3,8 @@
 import copy
 
 import pytest
-from petals.node.conversation import encode_conversation, plain_turn
+from petals.inference.chat_template import plain_turn
+from petals.node.conversation import encode_conversation
 from petals.protocol.errors import ConfigError
 from support.tiny_tokenizer import tiny_tokenizer
 
