@@ -206,6 +206,18 @@ class ProcessSwarm:
         joining = ("--model", str(model), "--bootstrap", self.address, *options)
         return self._serving([self._start(*joining, "--blocks", span) for span in spans])
 
+    def serve_named(
+        self, spans: Mapping[str, str], model: str | Path, *, options: Sequence[str] = ()
+    ) -> list[ServingNode]:
+        """Start a node for each span under a public name, all at once, and wait until they serve."""
+        joining = ("--model", str(model), "--bootstrap", self.address, *options)
+        return self._serving(
+            [
+                self._start(*joining, "--blocks", span, "--public-name", name)
+                for name, span in spans.items()
+            ]
+        )
+
     def serve_some(self, model: str | Path, *options: str) -> ServingNode:
         """Start a node that chooses its blocks, and wait until it serves."""
         joining = ("--model", str(model), "--bootstrap", self.address)

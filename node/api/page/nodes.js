@@ -3,6 +3,7 @@
 import { h, reconcile, setText, setVars } from "./dom.js";
 import { count, figure, loadLevel, percent, plural, shortId, span } from "./format.js";
 
+const SHOWN = 100; // Of very many nodes the others are in the bar above all the same.
 const STATES = { online: "online", joining: "loading", draining: "leaving", offline: "offline" };
 
 export function showNodes(place, sentence, { swarm, model, names }) {
@@ -21,11 +22,14 @@ export function showNodes(place, sentence, { swarm, model, names }) {
   setText(table.querySelector(".scale"), fastest > 0 ? `up to ${figure(fastest)}` : "");
   reconcile(
     table.tBodies[0],
-    model.peers,
+    model.peers.slice(0, SHOWN),
     (peer) => peer.peer_id,
     makeRow,
-    (row, peer) => showRow(row, peer, { swarm, names }),
+    (row, peer) => showRow(row, peer, { swarm, names, blocks: model.num_blocks }),
   );
+  const more = model.peers.length - SHOWN;
+  setText(table.caption, more > 0 ? `… and ${plural(more, "node")} more` : "");
+  table.caption.hidden = more <= 0;
 }
 
 /** The bar in words: what somebody who does not see it wants to know, and others, too. */
@@ -50,6 +54,7 @@ function makeTable() {
   return h(
     "table",
     { class: "nodes", role: "table", "aria-label": "Nodes and their blocks" },
+    h("caption"),
     h("colgroup", {}, ...["who", "place", "load", "number", "number", "number"].map((kind) => h("col", { class: kind }))),
     h(
       "thead",
@@ -134,7 +139,7 @@ function makeRow() {
       h("span", { class: "name" }),
       h("span", { class: "facts" }),
     ),
-    cell("place", null, h("div", { class: "strip" }, h("span", { class: "span" }))),
+    cell("place", null, h("div", { class: "strip" }, h("span", { class: "span" }, h("b")))),
     cell("load", "Load", h("span", { class: "meter" }), h("span", { class: "value" })),
     cell("number sessions", "Sessions", h("span", { class: "value" })),
     cell("number cache", "Cache used", h("span", { class: "value" })),
@@ -142,7 +147,7 @@ function makeRow() {
   );
 }
 
-function showRow(row, peer, { swarm, names }) {
+function showRow(row, peer, { swarm, names, blocks }) {
   const load = swarm.load[peer.peer_id];
   const silent = load === null;
   row.dataset.state = silent ? "silent" : peer.state;
@@ -155,7 +160,8 @@ function showRow(row, peer, { swarm, names }) {
   strip.hidden = peer.blocks === null;
   if (peer.blocks) {
     setVars(strip, { "--start": peer.blocks[0], "--end": peer.blocks[1] });
-    setText(strip, span(peer.blocks));
+    setText(strip.firstElementChild, span(peer.blocks));
+    strip.dataset.label = labelPlace(peer.blocks, blocks);
     strip.title = `Blocks ${span(peer.blocks)}`;
   }
   const busy = load?.busy ?? null;
@@ -169,6 +175,12 @@ function showRow(row, peer, { swarm, names }) {
   row.querySelector(".cache").title = `Room for ${count(peer.cache_tokens_left)} more tokens`;
   setText(row.querySelector(".speed .value"), figure(speedOf(peer)));
   row.querySelector(".speed").title = `${figure(peer.decode_speed)} through one block, prompts at ${figure(peer.prefill_speed)}`;
+}
+
+/** Where there is room for the words: in the span, or beside it. */
+function labelPlace([start, end], blocks) {
+  if ((end - start) / blocks > 0.12) return "in";
+  return end / blocks < 0.8 ? "after" : "before";
 }
 
 /** Tokens per second through all the blocks that a node serves. */

@@ -31,7 +31,7 @@ export function showFigures(list, { swarm, model, sessions }) {
       more: served < blocks ? "not the whole model" : `each at least ${least}×`,
       level: served < blocks ? "full" : null,
     },
-    { name: "Speed", value: figure(speed), of: speed > 0 ? "tokens/s" : "", more: "through the slowest block" },
+    { name: "Speed", value: figure(speed), of: speed > 0 ? "tokens/s" : "", more: served < blocks ? "none until every block is served" : "through the slowest block" },
     { name: "Load", value: percent(model ? meanLoad(model, swarm.load) : null), more: loadWords(sessions) },
   ];
   reconcile(
