@@ -283,7 +283,7 @@ def test_a_killed_node_is_told_at_once_and_the_text_goes_on(seen: Seen) -> None:
     settle(window, temperature=0, max_tokens=300)
     ask(window, PROMPT)
     window.wait(lambda: len(window.text(".turn.assistant .said")) > 100)
-    [middle] = {*window.texts(".hops .name")} & {"rowan", "birch"}
+    [middle] = window.wait(lambda: {*window.texts(".hops .name")} & {"rowan", "birch"})
     [other] = {"rowan", "birch"} - {middle}
     node = seen.node(middle)
     node.process.kill()
