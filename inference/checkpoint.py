@@ -62,6 +62,11 @@ class Checkpoint:
         """``generation_config.json``; None if there is none."""
 
     @property
+    def location(self) -> str:
+        """Where transformers finds it: a folder, or a hub id."""
+        return str(self._source.location)
+
+    @property
     def num_blocks(self) -> int:
         """How many blocks the model has."""
         return self.dimensions.num_blocks

@@ -106,12 +106,17 @@ class DistributedPreTrainedModel(PreTrainedModel):
         """A session with room for ``max_length`` positions; in its ``with`` block, calls go on in it."""
         raise NotImplementedError
 
+    @property
+    def tokenizer_path(self) -> str:
+        """What ``AutoTokenizer.from_pretrained`` finds the tokenizer under, of ``demo`` as well."""
+        return self.swarm.originator.checkpoint.location
+
     def close(self) -> None:
         """Leave the swarm, which happens anyway when the model is not used any more."""
         self.swarm.close()
 
 
-class DistributedModel(DistributedPreTrainedModel):
+class AutoDistributedModel(DistributedPreTrainedModel):
     """Embeddings, the blocks (``h``), and the final norm; each module of the ends by its own name."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -237,12 +242,12 @@ class DistributedModel(DistributedPreTrainedModel):
         return Rows(states[-1], states=tuple(states))
 
 
-class DistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin):
+class AutoDistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin):
     """A model in a swarm with its head: ``forward``, ``generate``, ``inference_session``."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.transformer = DistributedModel(config)
+        self.transformer = AutoDistributedModel(config)
         self.lm_head: nn.Module = self.transformer.lm_head
         saved = self.swarm.originator.checkpoint.generation_config
         if saved is not None:
@@ -258,7 +263,7 @@ class DistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin):
         return self.transformer.inference_session(max_length=max_length)
 
     def get_input_embeddings(self) -> nn.Module:
-        """See ``DistributedModel``."""
+        """See ``AutoDistributedModel``."""
         return Embedding(self.swarm)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -278,7 +283,7 @@ class DistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,  # noqa: FBT001
         logits_to_keep: int | torch.Tensor = 0,
     ) -> Any:
-        """Token ids or embeddings in; fp32 logits out. As ``DistributedModel`` otherwise.
+        """Token ids or embeddings in; fp32 logits out. As ``AutoDistributedModel`` otherwise.
 
         ``labels`` are token ids, -100 where none counts; ``loss`` is the cross entropy. ``logits_to_keep``:
         of the last so many positions alone (0: of all), or of those at these indices.
@@ -455,7 +460,3 @@ def with_last(
 ) -> tuple[torch.Tensor, ...] | None:
     """As transformers counts them: the last one is behind the final norm."""
     return None if states is None else (*states[:-1], final)
-
-
-AutoDistributedModel = DistributedModel
-AutoDistributedModelForCausalLM = DistributedModelForCausalLM

@@ -13,6 +13,7 @@ import torch
 from transformers import Cache
 
 from ...protocol.errors import ConfigError
+from ...protocol.routing import RouteHop
 from ..hidden_session import HiddenSession
 from ..node_thread import Held
 
@@ -57,6 +58,18 @@ class InferenceSession:
     def padding(self) -> tuple[int, ...]:
         """Per sequence, how many of its first positions are left padding; () before the first step."""
         return self._padding
+
+    @property
+    def route(self) -> tuple[RouteHop, ...]:
+        """The hops that it runs through now; none before the first step."""
+        ring = None if self._held is None else self._held.value.ring
+        return () if ring is None else ring.route
+
+    @property
+    def recoveries(self) -> int:
+        """How often other hops had to be found."""
+        ring = None if self._held is None else self._held.value.ring
+        return 0 if ring is None else ring.recoveries
 
     def step(
         self,

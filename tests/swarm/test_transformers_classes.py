@@ -1,6 +1,9 @@
 """The classes that are shaped as transformers' own give what transformers gives, in one process."""
 
+import re
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import petals
@@ -22,6 +25,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+README = Path(__file__).parents[2] / "README.md"
 SPANS = ("0:3", "3:5", "5:8")
 PROMPT = "In the beginning God created"
 PROMPTS = ("And God said", "x", "Then went the king of the north out against the city, and")
@@ -69,6 +73,32 @@ def test_greedy(model: Any, demo: ReferenceModel, ids: torch.Tensor) -> None:
 def test_beam_search(model: Any, demo: ReferenceModel, ids: torch.Tensor) -> None:
     best = same(model, demo, ids, max_new_tokens=24, num_beams=3)
     assert best.tolist() != same(model, demo, ids, max_new_tokens=24).tolist()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_hop_lost_during_beam_search(
+    place: int, demo: ReferenceModel, ids: torch.Tensor, served: ProcessSwarm, model: Any
+) -> None:
+    """Whichever it is: what others hold, in the order of the beams, goes to the one that replaces it."""
+    [spare] = served.serve(demo.name, SPANS[place], options=["--dtype", "float32"])
+
+    class Killer(LogitsProcessor):
+        steps = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.steps += 1
+            if self.steps == 10:
+                served.node(session.route[place].peer_id).send_signal(signal.SIGKILL)
+            return scores
+
+    expected = demo.model.generate(ids, max_new_tokens=24, num_beams=4)
+    with model.inference_session(max_length=60) as session:
+        ours = model.generate(
+            ids, max_new_tokens=24, num_beams=4, logits_processor=LogitsProcessorList([Killer()])
+        )
+        assert session.recoveries == 1
+    assert ours.tolist() == expected.tolist()
+    assert [node.running for node in served.nodes].count(True) == len(SPANS), spare.errors
 
 
 def test_several_of_the_best_beams_of_several_prompts(model: Any, demo: ReferenceModel) -> None:
@@ -302,3 +332,22 @@ def test_what_cannot_be_is_said(model: Any, demo: ReferenceModel, ids: torch.Ten
     too_long = demo.max_length + 1
     with pytest.raises(petals.PetalsError, match=f"{too_long} tokens .* are more than demo"):
         model.inference_session(max_length=too_long).step(embeddings)
+
+
+def test_the_code_in_the_readme(
+    demo: ReferenceModel, served: ProcessSwarm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    [code] = [block for block in blocks if "AutoDistributedModelForCausalLM" in block]
+    scope: dict[str, Any] = {}
+    exec(code.replace("/ip4/…/tcp/…/p2p/…", served.address), scope)
+    scope["model"].close()
+    prompt = demo.tokenizer("In the beginning", return_tensors="pt")["input_ids"]
+    best = demo.model.generate(prompt, max_new_tokens=20, num_beams=3)
+    likeliest = demo.model.generate(prompt, max_new_tokens=20)
+    written = [demo.tokenizer.decode(text[0]) for text in (best, likeliest)]
+    assert capsys.readouterr().out.splitlines() == "\n".join(written).splitlines()
+    with torch.inference_mode():
+        states = demo.model(prompt, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(scope["embeddings"], states[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scope["hidden"], states[4], rtol=1e-4, atol=1e-4)
