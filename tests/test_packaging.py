@@ -80,10 +80,7 @@ def test_the_command_line_answers_without_heavy_imports(arguments: list[str]) ->
 
 def test_every_name_of_the_face_is_there() -> None:
     for name in petals.__all__:
-        # of the models, Auto… is what Petals' users call the class
-        assert getattr(petals, name).__name__ == name.replace(
-            "AutoDistributedModel", "DistributedModel"
-        )
+        assert getattr(petals, name).__name__ == name
     assert set(petals.__all__) <= set(dir(petals))
 
 
