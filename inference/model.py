@@ -4,7 +4,7 @@ Both know the model only through its family (``families/``). Neither is thread-s
 a process runs torch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -75,7 +75,8 @@ class Blocks:
 class Ends(nn.Module):
     """What stands before the first block and behind the last: token ids in, logits out.
 
-    A family's subclass says how (``_embed``, ``_final_norm``, ``_logits``); the checks are here.
+    A family's subclass says how (``_embed``, ``_enter``, ``_final_norm``, ``_logits``); the checks are
+    here.
     """
 
     prefix = ""
@@ -118,12 +119,24 @@ class Ends(nn.Module):
             )
         return self._logits(hidden.to(device=self.device, dtype=self.dtype)).float()
 
+    def parts(self) -> Mapping[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Its modules by the names that users know; at least word_embeddings, ln_f, lm_head."""
+        return dict(self.named_children())
+
+    @torch.inference_mode()
+    def enter(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Word embeddings ``[batch, rows, hidden_size]`` to what goes into the first block."""
+        return self._enter(embeddings.to(device=self.device, dtype=self.dtype))
+
     @torch.inference_mode()
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head is given, for hidden states from behind the last block."""
         return self._final_norm(hidden.to(device=self.device, dtype=self.dtype))
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _enter(self, embeddings: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -66,8 +66,11 @@ class BloomEnds(Ends):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        embedded: torch.Tensor = self.word_embeddings_layernorm(self.word_embeddings(token_ids))
-        return embedded
+        return self._enter(self.word_embeddings(token_ids))
+
+    def _enter(self, embeddings: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.word_embeddings_layernorm(embeddings)
+        return normed
 
     def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = self.ln_f(hidden)

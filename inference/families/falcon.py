@@ -112,8 +112,15 @@ class FalconEnds(Ends):
         embedded: torch.Tensor = self.word_embeddings(token_ids)
         return embedded
 
+    def _enter(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return embeddings
+
+    def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.ln_f(hidden)
+        return normed
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.lm_head(self.ln_f(hidden))
+        logits: torch.Tensor = self.lm_head(self._final_norm(hidden))
         return logits
 
 

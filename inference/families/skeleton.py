@@ -6,6 +6,7 @@ What a tap is called with is what the block would have been called with; what it
 the final norm and the head go on with.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -147,10 +148,29 @@ class SkeletonEnds(Ends):
         fill_buffers(model, model, device)
         self.model = model
 
+    def parts(self) -> Mapping[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """See ``Ends``; what else the model has in front and behind has no name of its own here."""
+        embeddings: nn.Module = self.model.get_input_embeddings()
+        head: nn.Module = self.model.get_output_embeddings()
+        return {"word_embeddings": embeddings, "ln_f": self._final_norm, "lm_head": head}
+
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         base_of(self.model)(input_ids=token_ids, use_cache=False)
         assert self._tap.hidden is not None
         return self._tap.hidden
+
+    def _enter(self, embeddings: torch.Tensor) -> torch.Tensor:
+        base_of(self.model)(inputs_embeds=embeddings, use_cache=False)
+        assert self._tap.hidden is not None
+        return self._tap.hidden
+
+    def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._tap.given = hidden
+        normed: torch.Tensor = base_of(self.model)(
+            inputs_embeds=hidden, use_cache=False
+        ).last_hidden_state
+        self._tap.given = None
+        return normed
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         self._tap.given = hidden

@@ -4,7 +4,7 @@ They have no weights to look at and give no gradients. ``generate`` is transform
 in place of its KV cache; everything that it can do with a model and a cache, it can do here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +34,15 @@ class Rows:
 
 
 class EndModule(nn.Module):
-    """A module of the model's ends, run where torch runs in this process."""
+    """A part of the model's ends, run where torch runs in this process."""
 
-    def __init__(self, swarm: SwarmModel, module: nn.Module) -> None:
+    def __init__(self, swarm: SwarmModel, part: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self._swarm = swarm
-        self._run = module.__call__  # no submodule: its weights may be in any format
+        self._parts = (part,)  # not as a submodule: its weights may be in any format
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What the module makes of ``inputs``."""
+        """What the part makes of ``inputs``."""
         refuse_gradients(inputs)
         ends = self._swarm.originator.ends
         given = inputs.detach().to(device=ends.device)
@@ -51,8 +51,7 @@ class EndModule(nn.Module):
 
         def run() -> torch.Tensor:
             with torch.no_grad():
-                output: torch.Tensor = self._run(given)
-                return output
+                return self._parts[0](given)
 
         return self._swarm.compute(run)
 
@@ -122,8 +121,8 @@ class AutoDistributedModel(DistributedPreTrainedModel):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.h = RemoteSequential(config)
-        for name, module in self.swarm.originator.ends.named_children():
-            setattr(self, name, EndModule(self.swarm, module))
+        for name, part in self.swarm.originator.ends.parts().items():
+            setattr(self, name, EndModule(self.swarm, part))
 
     @property
     def swarm(self) -> SwarmModel:
@@ -135,8 +134,9 @@ class AutoDistributedModel(DistributedPreTrainedModel):
         return self.h.inference_session(max_length=max_length)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Token ids to what goes into the first block."""
-        return Embedding(self.swarm)
+        """Token ids to what ``inputs_embeds`` would be."""
+        embeddings: nn.Module = self.word_embeddings
+        return embeddings
 
     def forward(
         self,
@@ -224,12 +224,12 @@ class AutoDistributedModel(DistributedPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give either input_ids or inputs_embeds")
+        ends = self.swarm.originator.ends
         if inputs_embeds is not None:
             unknown = torch.full(inputs_embeds.shape[:2], UNKNOWN)
-            return inputs_embeds, unknown
+            return self.swarm.compute(lambda: ends.enter(inputs_embeds)).clone(), unknown
         assert input_ids is not None
         ids = input_ids.view(-1, input_ids.shape[-1])
-        ends = self.swarm.originator.ends
         return self.swarm.compute(lambda: ends.embed(ids)).clone(), ids
 
     def _block_by_block(self, embeddings: torch.Tensor, padding: tuple[int, ...]) -> Rows:
@@ -264,7 +264,7 @@ class AutoDistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixi
 
     def get_input_embeddings(self) -> nn.Module:
         """See ``AutoDistributedModel``."""
-        return Embedding(self.swarm)
+        return self.transformer.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         """The head, without the final norm."""
@@ -425,19 +425,6 @@ class AutoDistributedModelForCausalLM(DistributedPreTrainedModel, GenerationMixi
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         return prepared
-
-
-class Embedding(nn.Module):
-    """Token ids to what goes into the first block."""
-
-    def __init__(self, swarm: SwarmModel) -> None:
-        super().__init__()
-        self._swarm = swarm
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[batch, rows] to [batch, rows, hidden_size]."""
-        ends = self._swarm.originator.ends
-        return self._swarm.compute(lambda: ends.embed(input_ids)).clone()
 
 
 def padding_of(mask: torch.Tensor | None, position: int, hidden: torch.Tensor) -> tuple[int, ...]:

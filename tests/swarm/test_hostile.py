@@ -13,7 +13,7 @@ import msgpack
 import pytest
 import trio
 from petals.node.identity import new_identity
-from petals.protocol.checks import MAX_FRAME, Peer
+from petals.protocol.checks import MAX_FRAME, Peer, Rewind
 from petals.protocol.errors import ErrorCode
 from petals.protocol.frames import (
     DESCRIBE_PROTOCOL,
@@ -185,6 +185,12 @@ async def test_steps_that_cannot_be(attack: Attack) -> None:
             (said(attack.step(position=8)), "in a session of 8 tokens"),
             (said(attack.step(position=5)), "at position 5 where 0 comes next"),
             (said(attack.step(rewind=1, position=5)), "rewind 1 starts at 5, beyond 0"),
+            (said(attack.step(past=(Rewind(0, 0),))), "told of behind rewind 0"),
+            (said(attack.step(rewind=2, past=(Rewind(3, 0),))), "tells of rewinds up to 3"),
+            (
+                said(attack.step(rewind=1, past=(Rewind(1, 0, (1, 0)),))),
+                "sequences [1, 0] cannot take the places of a batch with padding [0]",
+            ),
             (said(Probe(1)), "probe has no place on a link"),
             (said(attack.opening(stranger)), "open has no place on a link"),
             (b"\xff" * 100, "is over"),

@@ -1,6 +1,7 @@
 """The classes that are shaped as transformers' own give what transformers gives, in one process."""
 
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from petals import (
     RemoteSequential,
 )
 from support.processes import ProcessSwarm, swarm
-from support.reference import ReferenceModel
+from support.reference import ReferenceModel, demo_model
+from support.tiny_families import tiny_config, tiny_model
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -63,6 +65,13 @@ def same(model: Any, demo: ReferenceModel, *arguments: Any, **options: Any) -> t
     ours = model.generate(*arguments, **options)
     assert ours.tolist() == expected.tolist()
     return expected
+
+
+def entering(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What goes into the first block."""
+    transformer = model.transformer
+    hidden: torch.Tensor = transformer.word_embeddings_layernorm(transformer.word_embeddings(ids))
+    return hidden
 
 
 def test_greedy(model: Any, demo: ReferenceModel, ids: torch.Tensor) -> None:
@@ -157,13 +166,15 @@ def test_processors_criteria_and_streamers(
 
 
 def test_a_prompt_of_embeddings(model: Any, demo: ReferenceModel, ids: torch.Tensor) -> None:
-    embed = demo.model.transformer.word_embeddings
-    expected = demo.model.generate(inputs_embeds=embed(ids), max_new_tokens=12)
-    transformer = model.transformer
-    embeddings = transformer.word_embeddings_layernorm(transformer.word_embeddings(ids))
-    ours = model.generate(inputs_embeds=embeddings, max_new_tokens=12)
-    assert ours.tolist() == expected.tolist()
+    embeddings = demo.model.get_input_embeddings()(ids).detach()
     torch.testing.assert_close(model.get_input_embeddings()(ids), embeddings)
+    same(model, demo, inputs_embeds=embeddings, max_new_tokens=12)
+    same(model, demo, inputs_embeds=embeddings, max_new_tokens=12, num_beams=3)
+    with torch.no_grad():
+        expected = demo.model(inputs_embeds=embeddings).logits
+        torch.testing.assert_close(
+            model(inputs_embeds=embeddings).logits, expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_session_over_several_calls(model: Any, demo: ReferenceModel, ids: torch.Tensor) -> None:
@@ -227,7 +238,7 @@ def test_blocks_step_by_step(model: Any, demo: ReferenceModel, ids: torch.Tensor
     transformer = model.transformer
     with torch.inference_mode():
         expected = demo.model(ids, output_hidden_states=True)
-    embeddings = transformer.word_embeddings_layernorm(transformer.word_embeddings(ids))
+    embeddings = entering(model, ids)
     with transformer.h.inference_session(max_length=20) as session:
         outputs = [session.step(embeddings[:, :0])]
         outputs += [session.step(embeddings[:, at : at + 1]) for at in range(4)]
@@ -265,7 +276,7 @@ def test_slices_of_the_blocks(
 def test_beams_by_hand(model: Any, demo: ReferenceModel) -> None:
     """``hypo_ids``: each sequence goes on from what another was."""
     batch = demo.tokenizer(["And God said", "The king and"], return_tensors="pt")["input_ids"]
-    embeddings = model.get_input_embeddings()(batch)
+    embeddings = entering(model, batch)
     with model.inference_session(max_length=20) as session:
         first = session.step(embeddings[:, :2])
         session.step(embeddings[:, 2:], hypo_ids=torch.tensor([1, 1]))
@@ -273,7 +284,7 @@ def test_beams_by_hand(model: Any, demo: ReferenceModel) -> None:
         again = session.step(embeddings[:, 2:], hypo_ids=[0, 1])
     swapped = torch.stack([torch.cat([batch[1, :2], row[2:]]) for row in batch])
     with torch.inference_mode():
-        hidden = model.transformer.h(model.get_input_embeddings()(swapped))
+        hidden = model.transformer.h(entering(model, swapped))
     torch.testing.assert_close(again, hidden[:, 2:], rtol=1e-4, atol=1e-4)
     assert first.shape == (2, 2, demo.model.config.hidden_size)
 
@@ -351,3 +362,36 @@ def test_the_code_in_the_readme(
         states = demo.model(prompt, output_hidden_states=True).hidden_states
     torch.testing.assert_close(scope["embeddings"], states[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(scope["hidden"], states[4], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Gemma", "Falcon, new architecture"])
+def test_other_families(
+    name: str, tmp_path_factory: pytest.TempPathFactory, tmp_swarm: ProcessSwarm
+) -> None:
+    """One that is carried by the adapter, and one with a file of its own."""
+    folder = tmp_path_factory.mktemp("model")
+    reference = tiny_model(tiny_config(name), folder)
+    demo = demo_model()
+    for part in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.folder / part, folder / part)
+    tmp_swarm.serve(folder, "0:2", f"2:{reference.config.num_hidden_layers}")
+    model: Any = AutoDistributedModelForCausalLM.from_pretrained(
+        str(folder), initial_peers=[tmp_swarm.address], dtype="float32"
+    )
+    ids = torch.tensor([[5, 17, 40, 3], [0, 0, 8, 9]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    options = {"attention_mask": mask, "max_new_tokens": 10, "pad_token_id": 0}
+    for beams in (1, 3):
+        expected = reference.generate(ids, num_beams=beams, **options)
+        assert model.generate(ids, num_beams=beams, **options).tolist() == expected.tolist()
+    with torch.inference_mode():
+        embeddings = reference.get_input_embeddings()(ids[:1])
+        theirs = reference(inputs_embeds=embeddings, output_hidden_states=True)
+        ours = model(inputs_embeds=embeddings, output_hidden_states=True)
+        for mine, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+        transformer = model.transformer
+        normed = transformer.ln_f(transformer.h(theirs.hidden_states[0]))
+        torch.testing.assert_close(model.lm_head(normed), theirs.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(transformer.word_embeddings(ids[:1]), embeddings)
+    model.close()
