@@ -41,8 +41,9 @@ _FEW_ROWS = 8
 class Bias(Protocol):
     """What is added to every score, whatever the block."""
 
-    slopes: torch.Tensor | None
-    """fp32 ``[heads]`` if the bias is the distance to the newest token times these."""
+    @property
+    def slopes(self) -> torch.Tensor | None:
+        """fp32 ``[heads]`` if the bias is the distance to the newest token times these."""
 
     def last(self, length: int) -> torch.Tensor:
         """fp32 ``[heads, 1, length]``: what the newest of ``length`` tokens adds to each score."""
@@ -53,8 +54,7 @@ class AlibiBias:
 
     def __init__(self, slopes: torch.Tensor) -> None:
         """``slopes``: fp32 ``[heads]``."""
-        self.slopes: torch.Tensor | None = slopes
-        self._slopes = slopes
+        self.slopes = slopes
         self._table = slopes.new_zeros((slopes.shape[0], 1, 0))
 
     def last(self, length: int) -> torch.Tensor:
@@ -62,8 +62,8 @@ class AlibiBias:
         capacity = self._table.shape[2]
         if length > capacity:
             capacity = max(length, 2 * capacity, 256)
-            distance = torch.arange(1 - capacity, 1, device=self._slopes.device)
-            self._table = self._slopes[:, None, None] * distance
+            distance = torch.arange(1 - capacity, 1, device=self.slopes.device)
+            self._table = self.slopes[:, None, None] * distance
         return self._table[:, :, capacity - length :]
 
 

@@ -115,7 +115,6 @@ class Engine:
         self._steps = 0
         self._rounds = 0
         self._rows = 0
-        self._busy_seconds = 0.0
         self._prefix_hits = 0
         self._prefix_tokens_reused = 0
         self._histograms = {
@@ -270,7 +269,7 @@ class Engine:
                 steps=self._steps,
                 rounds=self._rounds,
                 rows=self._rows,
-                busy_seconds=self._busy_seconds,
+                busy_seconds=self._histograms["round_seconds"].total,
                 queued_seconds=self._histograms["step_queue_seconds"].total,
             )
 
@@ -354,7 +353,6 @@ class Engine:
         self._rounds += 1
         self._rows += outcome.rows
         self._steps += len(outcome.results)
-        self._busy_seconds += end - begin
         self._histograms["round_rows"].observe(outcome.rows)
         self._histograms["round_seconds"].observe(end - begin)
         if outcome.rows and not outcome.errors:

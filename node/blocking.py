@@ -22,10 +22,10 @@ from .config import (
     bootstrap_from_environment,
     default_data_dir,
 )
+from .generation import Generation, GenerationStatus
+from .generation import GenerationHandle as TrioHandle
 from .node import Node
 from .node_thread import NodeThread
-from .originate import Generation, GenerationStatus
-from .originate import GenerationHandle as TrioHandle
 
 
 class GenerationHandle:

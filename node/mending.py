@@ -59,8 +59,8 @@ class Mending:
 
     def returned(self) -> None:
         """Rows have come back. Those that were under way when a hop was lost end no pause."""
-        if not all(recovery.replaced_by for recovery in self._open):
-            return
+        if not self._open or not all(recovery.replaced_by for recovery in self._open):
+            return  # nearly every token: nothing is open
         now = self._clock()
         for recovery in self._open:
             self._over.append(replace(recovery, pause=max(0.0, now - recovery.at)))

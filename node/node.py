@@ -52,8 +52,9 @@ if TYPE_CHECKING:
     from ..inference.checkpoint import Checkpoint
     from ..inference.histogram import HistogramFigures
     from ..inference.progress import Progress
+    from .generation import Generation, GenerationHandle
     from .hidden_session import HiddenSession
-    from .originate import Generation, GenerationHandle, Originator, Prompt, Session
+    from .originate import Originator, Prompt, Session
     from .server import BlockServer
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ autograd wrapper. Tensor-parallel slices (``pretraining_tp`` with ``slow_but_exa
 in one matrix product, which is what they mean.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from transformers.models.bloom import modeling_bloom
 from ...protocol.errors import ModelError
 from ..attention import AlibiBias, Plan, ragged_attention
 from ..model import Ends, RunBlock, Start
-from .conversion import Conversion
 from .family import Dimensions
+from .own_attention import OwnAttention
 
 _ARCHITECTURE = (
     "model_type",
@@ -81,11 +80,10 @@ class BloomEnds(Ends):
         return logits
 
 
-class Bloom:
+class Bloom(OwnAttention):
     """The BLOOM family: every ``BloomForCausalLM`` or ``BloomModel`` checkpoint."""
 
     model_type = "bloom"
-    tried = False
 
     def parse_config(self, raw: dict[str, Any]) -> BloomConfig:
         """See ``Family``."""
@@ -120,18 +118,6 @@ class Bloom:
             max_length=length if isinstance(length, int) and length > 0 else _DEFAULT_LENGTH,
         )
 
-    def canonical(self, key: str) -> str:
-        """See ``Family``."""
-        return re.sub(r"^(transformer|model)\.", "", key)
-
-    def conversion(self) -> Conversion:
-        """See ``Family``."""
-        return Conversion()
-
-    def block_prefix(self, _config: BloomConfig, block: int) -> str:
-        """See ``Family``."""
-        return f"h.{block}."
-
     def make_block(self, config: BloomConfig, block: int) -> nn.Module:
         """See ``Family``."""
         module = modeling_bloom.BloomBlock(config, layer_idx=block)
@@ -156,12 +142,6 @@ class Bloom:
         """See ``Family``."""
         with torch.device("meta"):
             return BloomEnds(config)
-
-    def tied(self, config: BloomConfig) -> dict[str, str]:
-        """See ``Family``."""
-        if config.tie_word_embeddings:
-            return {"lm_head.weight": "word_embeddings.weight"}
-        return {}
 
     def bias(self, config: BloomConfig, device: torch.device) -> AlibiBias:
         """See ``Family``."""

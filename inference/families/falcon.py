@@ -8,7 +8,6 @@ Its ALiBi (the RW models) is rounded to bfloat16 at every position, as the model
 unlike BLOOM's it can't be taken relative to the newest token.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from transformers.models.falcon import modeling_falcon
 from ...protocol.errors import ModelError
 from ..attention import Bias, Plan, ragged_attention
 from ..model import Ends, RunBlock, Start
-from .conversion import Conversion
 from .family import Dimensions
+from .own_attention import OwnAttention
 
 _ARCHITECTURE = (
     "model_type",
@@ -85,7 +84,7 @@ class RoundedAlibi:
     def __init__(self, heads: int, scale: float, device: torch.device) -> None:
         self._heads = heads
         self._scale = scale
-        self.slopes: torch.Tensor | None = None
+        self.slopes = None
         self._table = torch.zeros((heads, 1, 0), device=device)
 
     def last(self, length: int) -> torch.Tensor:
@@ -124,11 +123,10 @@ class FalconEnds(Ends):
         return logits
 
 
-class Falcon:
+class Falcon(OwnAttention):
     """The Falcon family: 7B, 40B, 180B, RW, and Falcon 2; Falcon 3 are Llamas."""
 
     model_type = "falcon"
-    tried = False
 
     def parse_config(self, raw: dict[str, Any]) -> FalconConfig:
         """See ``Family``."""
@@ -173,18 +171,6 @@ class Falcon:
             max_length=config.max_position_embeddings or _DEFAULT_LENGTH,
         )
 
-    def canonical(self, key: str) -> str:
-        """See ``Family``."""
-        return re.sub(r"^(transformer|model)\.", "", key)
-
-    def conversion(self) -> Conversion:
-        """See ``Family``."""
-        return Conversion()
-
-    def block_prefix(self, _config: FalconConfig, block: int) -> str:
-        """See ``Family``."""
-        return f"h.{block}."
-
     def make_block(self, config: FalconConfig, block: int) -> nn.Module:
         """See ``Family``."""
         module = modeling_falcon.FalconDecoderLayer(config, layer_idx=block)
@@ -223,12 +209,6 @@ class Falcon:
         """See ``Family``."""
         with torch.device("meta"):
             return FalconEnds(config)
-
-    def tied(self, config: FalconConfig) -> dict[str, str]:
-        """See ``Family``."""
-        if config.tie_word_embeddings:
-            return {"lm_head.weight": "word_embeddings.weight"}
-        return {}
 
     def bias(self, config: FalconConfig, device: torch.device) -> Bias | None:
         """See ``Family``."""

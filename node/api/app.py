@@ -1,5 +1,6 @@
 """The HTTP API of a node: its endpoints, and what stands in front of them."""
 
+import trio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -59,10 +60,18 @@ def make_app(node: Node, config: ApiConfig, watch: Watch) -> Starlette:
         except PeerError as error:
             raise of_petals(error) from error
 
+    encoding = trio.CapacityLimiter(1)
     completions = Generating(
-        node, counted, CompletionRequest, CompletionShape(), max_body=config.max_body
+        node,
+        counted,
+        CompletionRequest,
+        CompletionShape(),
+        max_body=config.max_body,
+        encoding=encoding,
     )
-    chat = Generating(node, counted, ChatRequest, ChatShape(), max_body=config.max_body)
+    chat = Generating(
+        node, counted, ChatRequest, ChatShape(), max_body=config.max_body, encoding=encoding
+    )
     asking = [
         Middleware(
             CORSMiddleware,

@@ -14,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from ...protocol.errors import PetalsError
 from ..conversation import encode_conversation
+from ..generation import Generation, GenerationHandle
 from ..node import Node, wall_clock
-from ..originate import Generation, GenerationHandle, Originator
+from ..originate import Originator
 from ..wakeup import open_flat_nursery
 from . import sse
 from .errors import ApiError, of_petals
@@ -34,15 +35,22 @@ class Generating(Generic[R]):
     """An ASGI application for one endpoint."""
 
     def __init__(
-        self, node: Node, metrics: Metrics, kind: type[R], shape: Shape, *, max_body: int
+        self,
+        node: Node,
+        metrics: Metrics,
+        kind: type[R],
+        shape: Shape,
+        *,
+        max_body: int,
+        encoding: trio.CapacityLimiter,
     ) -> None:
+        """``encoding``: one for all endpoints, since one thread at a time may use the tokenizer."""
         self._node = node
         self._metrics = metrics
         self._kind = kind
         self._shape = shape
         self._max_body = max_body
-        self._encoding = trio.CapacityLimiter(1)
-        """A tokenizer is used by one thread at a time."""
+        self._encoding = encoding
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError as long as nothing was answered."""

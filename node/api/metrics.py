@@ -21,8 +21,8 @@ from prometheus_client.utils import floatToGoString
 from ... import __version__
 
 if TYPE_CHECKING:
+    from ..generation import GenerationHandle
     from ..node import Node
-    from ..originate import GenerationHandle
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ...inference.detokenizer import Detokenizer
 from ...inference.sampling_params import TokenLogprobs
-from ..originate import Generation
+from ..generation import Generation
 
 JSON = dict[str, Any]
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length"}

@@ -15,9 +15,9 @@ import trio
 from ...protocol.announcement import Announcement
 from ...protocol.errors import PeerError
 from ...protocol.routing import RouteHop
+from ..generation import GenerationHandle
 from ..mending import Recovery
 from ..node import Node, Survey
-from ..originate import GenerationHandle
 from ..summary import summarise
 from ..wakeup import Signal
 from .load import Loads

@@ -20,7 +20,7 @@ from ..saved_session import SavedSession
 from . import failures, leaving, originator, progress
 
 if TYPE_CHECKING:
-    from ..originate import GenerationStatus
+    from ..generation import GenerationStatus
 
 
 def generate(

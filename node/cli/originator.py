@@ -22,7 +22,7 @@ from ..wakeup import open_flat_nursery
 from . import arguments
 
 if TYPE_CHECKING:
-    from ..originate import Generation
+    from ..generation import Generation
 
 TELL_AFTER = 2.0
 """Seconds that a session waits before anybody is told: most gaps are filled by then."""

@@ -1,6 +1,5 @@
 """The config of a model in a swarm: transformers' own, and how to reach the swarm."""
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +41,7 @@ class AutoDistributedConfig:
         ``options`` are those of ``petals.connect`` (``torch_dtype`` is ``dtype``), and changes to the
         config. Raises ConfigError, ModelError.
         """
-        config = copy.deepcopy(open_config(name_or_path))
+        config = open_config(name_or_path)
         peers = bootstrap_from_environment() if initial_peers is None else initial_peers
         return with_options(config, name_or_path, initial_peers=list(peers), **options)
 

@@ -135,8 +135,7 @@ class AutoDistributedModel(DistributedPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Token ids to what ``inputs_embeds`` would be."""
-        embeddings: nn.Module = self.word_embeddings
-        return embeddings
+        return self.get_submodule("word_embeddings")
 
     def forward(
         self,

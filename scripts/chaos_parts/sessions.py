@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
+from petals.node.generation import GenerationHandle
 from petals.node.node import Node
-from petals.node.originate import GenerationHandle
 from petals.protocol.errors import PetalsError
 
 from .texts import Text

@@ -4,7 +4,7 @@ import dataclasses
 
 from petals.inference.sampling_params import TokenLogprobs
 from petals.node.api.shapes import ChatShape, CompletionShape, Reader, ShownToken, usage
-from petals.node.originate import Generation
+from petals.node.generation import Generation
 from support.tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

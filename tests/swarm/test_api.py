@@ -14,8 +14,8 @@ import torch
 import trio
 from openai import OpenAI
 from petals.inference.sampling_params import SamplingParams
+from petals.node.generation import Generation
 from petals.node.node import Node
-from petals.node.originate import Generation
 from support.processes import (
     CommandProcess,
     ProcessSwarm,

@@ -7,7 +7,7 @@ from functools import partial
 import trio
 from chaos_parts.proxy import Proxy, free_port
 from petals.inference.sampling_params import SamplingParams
-from petals.node.originate import GenerationHandle
+from petals.node.generation import GenerationHandle
 from petals.node.ring import Ring
 from petals.protocol.chain import ChainState
 from support.processes import (

@@ -11,8 +11,8 @@ import pytest
 import trio
 from petals.inference.sampling_params import SamplingParams
 from petals.node.cli.arguments import split_evenly
+from petals.node.generation import Generation
 from petals.node.node import Node
-from petals.node.originate import Generation
 from petals.protocol.span import Span
 from support.processes import (
     Figures,

@@ -14,8 +14,9 @@ import pytest
 import torch
 import trio
 from petals.inference.sampling_params import SamplingParams
+from petals.node.generation import GenerationHandle, GenerationState
 from petals.node.node import Node, wall_clock
-from petals.node.originate import GenerationHandle, GenerationState, Session
+from petals.node.originate import Session
 from petals.protocol.chain import ChainState
 from support.processes import (
     DEADLINE,

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import trio
 from petals.inference.sampling_params import SamplingParams
-from petals.node.originate import GenerationHandle, Session
+from petals.node.generation import GenerationHandle
+from petals.node.originate import Session
 from support.processes import (
     ProcessSwarm,
     figures_until,

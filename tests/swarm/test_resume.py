@@ -15,7 +15,7 @@ import pytest
 import trio
 from petals.inference.sampling_params import SamplingParams
 from petals.node import saved_session
-from petals.node.originate import GenerationHandle, GenerationState
+from petals.node.generation import GenerationHandle, GenerationState
 from petals.protocol.errors import ConfigError, NoRoute
 from support.processes import (
     COMMAND,
