@@ -211,6 +211,7 @@ class Checkpoint:
             device=device,
         )
         ends.dtype, ends.device = precision.hidden, device
+        ends.screen()
         return ends
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:

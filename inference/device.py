@@ -1,8 +1,16 @@
-"""Which device to compute on, from what the user wrote; ``auto`` is CUDA where there is some."""
+"""Which device to compute on, from what the user wrote, and how much memory it has left.
 
+``auto`` is CUDA where there is some.
+"""
+
+from pathlib import Path
+
+import psutil
 import torch
 
 from ..protocol.errors import ConfigError
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -36,3 +44,23 @@ def resolve_device(device: str) -> torch.device:
 def as_device(device: torch.device | str) -> torch.device:
     """A device as torch's, or resolved from the user's words."""
     return resolve_device(device) if isinstance(device, str) else device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``; on a CPU, within the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        cached = _inactive_file_bytes((_CGROUP / "memory.stat").read_text())
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        return available
+    return max(0, min(available, limit - used + cached))
+
+
+def _inactive_file_bytes(stat: str) -> int:
+    """Page cache that the kernel gives up before it refuses memory, from ``memory.stat``."""
+    fields = dict(line.split() for line in stat.splitlines())
+    return int(fields.get("inactive_file", 0))

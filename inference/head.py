@@ -18,8 +18,9 @@ _MAX_ROWS = 64
 class HeadRows:
     """Rows of one session that wait for their logits. Made by ``Head.add``."""
 
-    def __init__(self, head: "Head", hidden: torch.Tensor) -> None:
+    def __init__(self, head: "Head", hidden: torch.Tensor, *, largest_only: bool) -> None:
         self.hidden = hidden
+        self.largest_only = largest_only
         self.result: torch.Tensor | None = None
         self._head = head
 
@@ -38,9 +39,12 @@ class Head:
         self._ends = ends
         self._waiting: deque[HeadRows] = deque()
 
-    def add(self, hidden: torch.Tensor) -> HeadRows:
-        """Rows ``[batch, 1, hidden_size]`` whose logits will be asked for in a moment."""
-        rows = HeadRows(self, hidden)
+    def add(self, hidden: torch.Tensor, *, largest_only: bool = False) -> HeadRows:
+        """Rows ``[batch, 1, hidden_size]`` whose logits will be asked for in a moment.
+
+        ``largest_only`` as in ``Ends.logits``.
+        """
+        rows = HeadRows(self, hidden, largest_only=largest_only)
         self._waiting.append(rows)
         return rows
 
@@ -61,6 +65,8 @@ class Head:
                 others.append(rows)
         self._waiting.extend(others)
         hidden = torch.cat([rows.hidden for rows in together])
-        logits = self._ends.logits(hidden).split([len(rows.hidden) for rows in together])
-        for rows, own in zip(together, logits, strict=True):
+        largest_only = all(rows.largest_only for rows in together)
+        logits = self._ends.logits(hidden, largest_only=largest_only)
+        shares = logits.split([len(rows.hidden) for rows in together])
+        for rows, own in zip(together, shares, strict=True):
             rows.result = own

@@ -114,11 +114,16 @@ class _Native:
         if library is None:
             raise RuntimeError("native.c cannot be had here")
         self._multiply = library.multiply
-        self._packed = self._pack(library, weight)
+        self.packed = self._pack(library, weight)
         self._bias = None
         if bias is not None:
-            self._bias = torch.zeros(self._packed.padded)
+            self._bias = torch.zeros(self.packed.padded)
             self._bias[: len(bias)] = bias
+
+    @property
+    def biased(self) -> bool:
+        """Whether it adds a bias."""
+        return self._bias is not None
 
     @staticmethod
     def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
@@ -126,7 +131,7 @@ class _Native:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """See ``Kernel``."""
-        return self._multiply(rows, self._packed, self._bias)
+        return self._multiply(rows, self.packed, self._bias)
 
 
 class NativeHalf(_Native):

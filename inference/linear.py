@@ -24,15 +24,15 @@ class Linear(nn.Module):
     def __init__(self, kernels: list[Kernel]) -> None:
         """``kernels`` are of consecutive output features."""
         super().__init__()
-        self._kernels = tuple(kernels)
+        self.kernels = tuple(kernels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``, in the dtype of ``x``."""
         rows = x.reshape(-1, x.shape[-1])
-        if len(self._kernels) == 1:
-            output = self._kernels[0](rows)
+        if len(self.kernels) == 1:
+            output = self.kernels[0](rows)
         else:
-            output = torch.cat([kernel(rows) for kernel in self._kernels], dim=1)
+            output = torch.cat([kernel(rows) for kernel in self.kernels], dim=1)
         return output.view(*x.shape[:-1], output.shape[1])
 
 

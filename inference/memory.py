@@ -1,11 +1,9 @@
 """How much of a model this machine can hold: blocks, and KV cache beside them."""
 
-from pathlib import Path
-
-import psutil
 import torch
 
 from .checkpoint import Checkpoint
+from .device import free_memory
 from .precision import Precision
 
 _USABLE = 0.8
@@ -14,21 +12,6 @@ _LEAST_CACHE_TOKENS = 8192
 """Cache that comes with every block: four sessions of BLOOM's full length."""
 _MOST_CACHE_TOKENS = 65_536
 """More than this is never taken unasked, however small the model."""
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``; on a CPU, within the container's limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        cached = _inactive_file_bytes((_CGROUP / "memory.stat").read_text())
-    except (OSError, ValueError):  # no container, or no limit ("max")
-        return available
-    return max(0, min(available, limit - used + cached))
 
 
 def blocks_that_fit(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> int:
@@ -53,9 +36,3 @@ def default_cache_tokens(
     blocks = checkpoint.block_bytes(precision, device) * num_blocks
     left = (int(free_memory(device) * _USABLE) - blocks) // 2
     return max(checkpoint.max_length, min(_MOST_CACHE_TOKENS, left // token))
-
-
-def _inactive_file_bytes(stat: str) -> int:
-    """Page cache that the kernel gives up before it refuses memory, from ``memory.stat``."""
-    fields = dict(line.split() for line in stat.splitlines())
-    return int(fields.get("inactive_file", 0))

@@ -13,6 +13,8 @@ from ..protocol.errors import ConfigError, LocalProtocolError
 from ..protocol.span import Span
 from .attention import Bias, LaneRows, Plan, Scratch
 from .cache import CacheShape
+from .linear import Linear
+from .screening import ScreenedLinear, screened
 
 RunBlock = Callable[[int, nn.Module, torch.Tensor], torch.Tensor]
 """Runs one block, its number and its module, on ``[1, rows, hidden_size]``."""
@@ -109,15 +111,30 @@ class Ends(nn.Module):
             )
         return self._embed(token_ids.to(self.device))
 
+    def screen(self) -> None:
+        """Make the head faster where only its largest output is wanted, if it can be."""
+        head = self.parts()["lm_head"]
+        for path, module in [*self.named_modules()]:
+            if module is head and isinstance(module, Linear):
+                self.set_submodule(path, screened(module))
+
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``[batch, rows, hidden_size]`` to fp32 ``[batch, rows, vocab_size]``."""
+    def logits(self, hidden: torch.Tensor, *, largest_only: bool = False) -> torch.Tensor:
+        """Hidden states ``[batch, rows, hidden_size]`` to fp32 ``[batch, rows, vocab_size]``.
+
+        With ``largest_only``, others than the largest of a row may be wrong; they are smaller.
+        """
         if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
             raise LocalProtocolError(
                 f"hidden states must be [batch, rows, {self.hidden_size}], "
                 f"got shape {tuple(hidden.shape)}"
             )
-        return self._logits(hidden.to(device=self.device, dtype=self.dtype)).float()
+        hidden = hidden.to(device=self.device, dtype=self.dtype)
+        head = self.parts()["lm_head"]
+        if largest_only and isinstance(head, ScreenedLinear):
+            with head.largest_only():
+                return self._logits(hidden).float()
+        return self._logits(hidden).float()
 
     def parts(self) -> Mapping[str, Callable[[torch.Tensor], torch.Tensor]]:
         """Its modules by the names that users know; at least word_embeddings, ln_f, lm_head."""

@@ -1,6 +1,6 @@
 """``native.c``, compiled for the processor at hand, and its functions on tensors.
 
-It is compiled when it is first needed (some two seconds) and kept in the user's cache, by what it
+It is compiled when it is first needed (some seconds) and kept in the user's cache, by what it
 was made from and for. Where there is no C compiler with OpenMP, or a processor that it is not
 written for, there is none, and the libraries' kernels do the work; a node that lacks it is slower
 and computes the same.
@@ -60,8 +60,14 @@ class PackedMatrix:
     group: int = 0
     """Inputs that share a scale; 0 without scales."""
 
+    def panels(self, numbers: Sequence[int]) -> "PackedMatrix":
+        """A copy of some of its panels, in 16 bits: each holds ``padded / len(data)`` features."""
+        data = self.data[list(numbers)]
+        features = len(data) * data.shape[2]
+        return PackedMatrix(features, self.inputs, features, data)
 
-def _mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+
+def mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros in memory of their own, in huge pages where there are any.
 
     In malloc's heap, what stays would lie between the pieces that come and go while it is packed,
@@ -110,7 +116,7 @@ class Native:
         (features, inputs), panel = weight.shape, self._panel
         panels = -(-features // panel)
         nibbles = weight.dtype == torch.uint8
-        data = _mapped_zeros((panels, inputs, panel // 2 if nibbles else panel), weight.dtype)
+        data = mapped_zeros((panels, inputs, panel // 2 if nibbles else panel), weight.dtype)
         for number, some in enumerate(weight.split(panel)):
             columns = some.t()
             if nibbles:

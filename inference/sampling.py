@@ -90,6 +90,12 @@ class Sampler:
         """Which rows have ended."""
         return tuple(self._finished.tolist())
 
+    @property
+    def largest_only(self) -> bool:
+        """Whether it looks at the largest logit of a row and at no other."""
+        params = self._params
+        return params.greedy and params.logprobs is None and not self._processors
+
     def state(self) -> SamplerState:
         """Where it stands. Not while ``sample`` runs on another thread."""
         drawn = b"" if self._params.greedy else self._generator.get_state().numpy().tobytes()

@@ -163,7 +163,7 @@ class Session:
             state=writing.sampler,
         )
         for _ in range(writing.left(len(self._tokens[0]))):
-            rows = head.add(await self._step(want=1))
+            rows = head.add(await self._step(want=1), largest_only=sampler.largest_only)
 
             # One crossing to torch's thread a token: what is sampled now goes around next.
             def sample(rows: HeadRows = rows) -> tuple[list[int], SamplerState, WireTensor]:

@@ -103,8 +103,7 @@ def kernels() -> Finding:
 
 def memory(config: NodeConfig) -> Finding:
     """What is there to hold blocks."""
-    from ...inference.device import resolve_device
-    from ...inference.memory import free_memory
+    from ...inference.device import free_memory, resolve_device
 
     device = resolve_device(config.device)
     free = free_memory(device)

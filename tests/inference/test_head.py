@@ -23,9 +23,9 @@ def passes(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counted: list[int] = []
     logits = ends.logits
 
-    def counting(hidden: torch.Tensor) -> torch.Tensor:
+    def counting(hidden: torch.Tensor, *, largest_only: bool = False) -> torch.Tensor:
         counted.append(len(hidden))
-        return logits(hidden)
+        return logits(hidden, largest_only=largest_only)
 
     monkeypatch.setattr(ends, "logits", counting)
     return counted
@@ -58,3 +58,22 @@ def test_rows_of_a_wrong_width_harm_nobody_else(ends: Ends, bad_first: bool) -> 
         else:
             with pytest.raises(LocalProtocolError):
                 rows.logits()
+
+
+@pytest.mark.parametrize("others_too", [True, False])
+def test_logits_are_whole_if_anybody_wants_them_whole(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, *, others_too: bool
+) -> None:
+    wanted: list[bool] = []
+    logits = ends.logits
+
+    def watching(hidden: torch.Tensor, *, largest_only: bool) -> torch.Tensor:
+        wanted.append(largest_only)
+        return logits(hidden, largest_only=largest_only)
+
+    monkeypatch.setattr(ends, "logits", watching)
+    shared = Head(ends)
+    rows = shared.add(torch.randn(1, 1, 48), largest_only=True)
+    shared.add(torch.randn(1, 1, 48), largest_only=not others_too)
+    rows.logits()
+    assert wanted == [not others_too]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from petals.inference import memory, throughput
+from petals.inference import device, memory, throughput
 from petals.inference.checkpoint import Checkpoint, open_checkpoint
 from petals.inference.device import resolve_device
 from petals.inference.kernels import WeightFormat, widens
@@ -86,15 +86,15 @@ def test_narrow_weights_take_less_memory(tmp_path: Path, stored: str) -> None:
 def test_free_memory_respects_a_containers_limit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    without = memory.free_memory(CPU)
+    monkeypatch.setattr(device, "_CGROUP", tmp_path)
+    without = device.free_memory(CPU)
     assert without > 2**20
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("700000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 200000\n")
-    assert memory.free_memory(CPU) == 500_000
+    assert device.free_memory(CPU) == 500_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_memory(CPU) > 2**20
+    assert device.free_memory(CPU) > 2**20
 
 
 def test_throughput_is_measured_once(

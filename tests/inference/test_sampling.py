@@ -148,6 +148,24 @@ def test_the_logits_are_not_changed() -> None:
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize(
+    ("changed", "enough"),
+    [
+        ({}, True),
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.7}, False),
+        ({"logprobs": 0}, False),
+        ({"repetition_penalty": 1.2}, False),
+        ({"presence_penalty": 0.5}, False),
+    ],
+)
+def test_the_largest_logit_is_enough_for_plain_greedy_text(
+    changed: dict[str, Any], *, enough: bool
+) -> None:
+    params = SamplingParams(max_new_tokens=2, **changed)
+    assert Sampler(params, [[1, 2]]).largest_only is enough
+
+
 def test_misuse_and_nonsense_are_told() -> None:
     with pytest.raises(LocalProtocolError, match="prompt_ids must be"):
         Sampler(SamplingParams(), torch.tensor([1, 2]))

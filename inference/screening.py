@@ -1,0 +1,142 @@
+"""A head that reads most of its weights in 8 bits where only its largest output is wanted.
+
+Reading the head is most of what a token costs its originator, and greedy decoding wants no more of
+it than the place of the largest output. An output from weights that were rounded to 8 bits is off by
+no more than the norm of what the rounding took from its weights times the norm of the row (Cauchy
+and Schwarz), and by the rounding of the sums, which is bounded, too (Higham, "Accuracy and Stability
+of Numerical Algorithms", section 3.1). Whatever may be the largest by that is computed from the
+weights themselves, by the kernel that computes all of them otherwise: the same bits, at about half
+of the time, for half as much memory again.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .device import free_memory
+from .kernels import NativeHalf
+from .linear import Linear
+from .native import Native, PackedMatrix, mapped_zeros, native
+
+_LEAST_WEIGHTS = 1 << 20
+"""Below, what is saved is not worth the bookkeeping."""
+_MEMORY = 0.25
+"""Of what is free at most, for the weights in 8 bits."""
+_MOST_ROWS = 4
+"""Beyond, products with 8-bit weights wait for arithmetic and are no faster."""
+_MOST_CHOSEN = 1 / 16
+"""Of all panels; when more may hold the largest output, all are computed at once."""
+_ROUNDED_AT_ONCE = 1 << 24
+"""Weights; while they are rounded, they take some 200 MB."""
+_UNIT = 2.0**-24
+"""float32's unit of rounding."""
+
+
+class ScreenedLinear(nn.Module):
+    """Computes what ``whole`` computes; within ``largest_only``, of a few rows, less than that."""
+
+    def __init__(self, whole: Linear, library: Native) -> None:
+        """``whole`` is of ``NativeHalf`` kernels without a bias, all but the last of full panels."""
+        super().__init__()
+        self._whole = whole
+        self._library = library
+        self._parts = _packed(whole)
+        self._panel = self._parts[0].data.shape[2]
+        self._rounded, self._errors = _round(self._parts)
+        self._largest_only = False
+
+    @contextmanager
+    def largest_only(self) -> Iterator[None]:
+        """Within, an output that is not the largest of its row may be wrong, and is smaller."""
+        self._largest_only = True
+        try:
+            yield
+        finally:
+            self._largest_only = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 ``[..., in]`` to ``[..., out]``."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._largest_only and len(rows) <= _MOST_ROWS:
+            screened = self._screened(rows)
+            if screened is not None:
+                return screened.view(*x.shape[:-1], -1)
+        output: torch.Tensor = self._whole(x)
+        return output
+
+    def _screened(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """``[rows, out]``; None if too many outputs may be the largest, or if there is NaN."""
+        outputs = self._library.multiply(rows, self._rounded, None).contiguous()
+        errors = self._errors * rows.norm(dim=1, keepdim=True)
+        least = (outputs - errors).amax(dim=1, keepdim=True)
+        places = ((outputs + errors) >= least).any(dim=0).nonzero().flatten()
+        chosen = (places // self._panel).unique().tolist()
+        if not 0 < len(chosen) <= max(1, _MOST_CHOSEN * len(self._rounded.data)):
+            return None
+        first = 0
+        for part in self._parts:
+            panels = [number - first for number in chosen if 0 <= number - first < len(part.data)]
+            if panels:
+                self._replace(outputs, rows, part, panels, first)
+            first += len(part.data)
+        return outputs
+
+    def _replace(
+        self,
+        outputs: torch.Tensor,
+        rows: torch.Tensor,
+        part: PackedMatrix,
+        panels: Sequence[int],
+        first: int,
+    ) -> None:
+        """Put in what ``panels`` of ``part`` give, whose first panel is number ``first`` of all."""
+        exact = self._library.multiply(rows, part.panels(panels), None)
+        for number, own in zip(panels, exact.split(self._panel, dim=1), strict=True):
+            begin = (first + number) * self._panel
+            places = outputs[:, begin : begin + self._panel]  # fewer in the last one
+            places.copy_(own[:, : places.shape[1]])
+
+
+def screened(head: Linear) -> Linear | ScreenedLinear:
+    """``head``, screened if that makes it faster and memory allows."""
+    library, parts = native(), _packed(head)
+    weights = sum(part.padded * part.inputs for part in parts)
+    if library is None or not parts or weights < _LEAST_WEIGHTS:
+        return head
+    if weights > _MEMORY * free_memory(torch.device("cpu")):
+        return head
+    return ScreenedLinear(head, library)
+
+
+def _packed(head: Linear) -> list[PackedMatrix]:
+    """Its matrix, piece by piece; nothing if it is held in another way, or not without a bias."""
+    kernels = [kernel for kernel in head.kernels if isinstance(kernel, NativeHalf)]
+    if len(kernels) < len(head.kernels) or any(kernel.biased for kernel in kernels):
+        return []
+    return [kernel.packed for kernel in kernels]
+
+
+def _round(parts: Sequence[PackedMatrix]) -> tuple[PackedMatrix, torch.Tensor]:
+    """All ``parts`` in 8 bits, and by how much an output may be off, for a row of norm 1, ``[out]``."""
+    inputs, panel = parts[0].inputs, parts[0].data.shape[2]
+    panels = sum(len(part.data) for part in parts)
+    integers = mapped_zeros((panels, inputs, panel), torch.int8)
+    scales = torch.empty((panels, 1, panel))
+    errors = torch.empty((panels, panel))
+    first = 0
+    for part in parts:
+        for piece in part.data.split(max(1, _ROUNDED_AT_ONCE // (inputs * panel))):
+            own = slice(first, first + len(piece))
+            weights = piece.float()
+            scale = (weights.abs().amax(dim=1, keepdim=True) / 127).clamp_(min=2.0**-120)
+            rounded = (weights / scale).round_()
+            integers[own], scales[own] = rounded, scale
+            taken = rounded.mul_(scale).sub_(weights).norm(dim=1)
+            summed = 4 * (inputs + 8) * _UNIT * (weights.norm(dim=1) + taken)
+            errors[own] = 1.001 * (taken + summed)
+            first += len(piece)
+    features = sum(part.features for part in parts)
+    rounded_all = PackedMatrix(features, inputs, panels * panel, integers, scales, inputs)
+    return rounded_all, errors.view(-1)[:features].clone()
