@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -119,18 +120,20 @@ class ForkedProcess:
 @functools.cache
 def _server() -> socket.socket:
     """The socket of the server, which is started with the first command and ends with us."""
+    measured = tempfile.TemporaryDirectory(prefix="petals-measured-")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         server = subprocess.Popen(
             [sys.executable, "-P", str(SERVER)],
             stdin=theirs.fileno(),
-            env={**os.environ, **_SETTINGS},
+            env={**os.environ, **_SETTINGS, "PETALS_TEST_MEASURED": measured.name},
             start_new_session=True,
         )
 
     def end() -> None:
         ours.close()
         server.wait()
+        measured.cleanup()
 
     atexit.register(end)
     return ours

@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 
 MAX_REQUEST = 1 << 20
 _CLONE_NEWNET = 0x40000000
@@ -31,9 +32,13 @@ def main() -> None:
     import bitsandbytes  # noqa: F401
     from petals.node import node, originate, relay, serving  # noqa: F401
     from petals.node.api import server  # noqa: F401
-    from petals.node.cli import app  # noqa: F401
+    from petals.node.cli import app, chat, generate, run, status  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM  # noqa: F401
 
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from support.measured import share
+
+    share(Path(os.environ["PETALS_TEST_MEASURED"]))
     gc.freeze()  # else collecting garbage writes to pages that all forks share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
     while True:
@@ -70,6 +75,10 @@ def _run(request: dict[str, object], streams: list[int]) -> None:
     code = 1
     try:
         os.setsid()
+        if haste := env.pop("PETALS_TEST_HASTE", None):
+            from support.haste import hurry
+
+            hurry(float(haste))
         if network := env.pop("PETALS_TEST_NETWORK", None):
             _enter_network(network)
         for number, fd in enumerate(streams):

@@ -51,10 +51,12 @@ def environment(**changes: str) -> dict[str, str]:
 class CommandProcess:
     """A running command. Use it as a context manager: leaving it kills what still runs."""
 
-    def __init__(self, *arguments: str, network: str | None = None) -> None:
-        """``network``: the network namespace to run in."""
+    def __init__(self, *arguments: str, network: str | None = None, haste: float = 1.0) -> None:
+        """``network``: the network namespace to run in; ``haste``: how fast clocks go."""
         self.arguments = arguments
-        inside = {} if network is None else {"PETALS_TEST_NETWORK": network}
+        inside = {"PETALS_TEST_HASTE": str(haste)}
+        if network is not None:
+            inside["PETALS_TEST_NETWORK"] = network
         self.lines: list[str] = []
         """What was read of standard output so far."""
         self._queue: queue.Queue[str | None] = queue.Queue()
@@ -165,9 +167,10 @@ class ServingNode(CommandProcess):
         *options: str,
         listen: str = LOOPBACK,
         network: str | None = None,
+        haste: float = 1.0,
     ) -> None:
         command = ("run", "--json", "--listen", listen, "--data-dir", str(folder))
-        super().__init__(*command, *options, network=network)
+        super().__init__(*command, *options, network=network, haste=haste)
         self.folder = folder
         """Its data directory."""
         self.peer_id = ""
@@ -186,8 +189,9 @@ class ServingNode(CommandProcess):
 class ProcessSwarm:
     """A bootstrap peer without a model, and nodes that serve. Made by ``swarm``."""
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(self, folder: Path, stack: contextlib.ExitStack, haste: float) -> None:
         self._folder = folder
+        self._haste = haste
         self._stack = stack
         self.nodes: list[ServingNode] = []
         """Those that serve blocks, in the order in which they were started."""
@@ -258,16 +262,16 @@ class ProcessSwarm:
         number = len(list(self._folder.iterdir()))
         folder = self._folder / str(number)
         folder.mkdir()
-        node = ServingNode(folder, *options, listen=listen)
+        node = ServingNode(folder, *options, listen=listen, haste=self._haste)
         self._stack.enter_context(node)
         return node
 
 
 @contextlib.contextmanager
-def swarm(folder: Path) -> Iterator[ProcessSwarm]:
+def swarm(folder: Path, *, haste: float = 1.0) -> Iterator[ProcessSwarm]:
     """A swarm that is gone afterwards. ``folder`` is empty and holds the nodes' data."""
     with contextlib.ExitStack() as stack:
-        yield ProcessSwarm(folder, stack)
+        yield ProcessSwarm(folder, stack, haste)
 
 
 Figures = Mapping[str, float]

@@ -1,0 +1,38 @@
+"""What nodes measure of the machine they run on, measured once for all nodes of a test run.
+
+A node that starts tries the kernels that it may compute with, and then its own speed: a second of
+processor time and another one of waiting, the same for each of the hundreds of nodes that tests start.
+Here the first one's answers are kept in files for the others. (``tests/inference`` measures for real.)
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from petals.inference import kernels
+from petals.inference.kernels import MakeKernel, WeightFormat
+from petals.node import serving
+from torch import device as Device
+
+
+def share(folder: Path) -> None:
+    """Let nodes of this process, and of its forks, keep in ``folder`` what they measure."""
+    measure_kernels, measure_speed = kernels._fastest, serving.remembered
+
+    def fastest(weights: WeightFormat, device: Device) -> tuple[MakeKernel, float]:
+        path = folder / f"{weights}-{device.type}.json"
+        if path.exists():
+            name, seconds = json.loads(path.read_text())
+            return getattr(kernels, name), seconds
+        kernel, seconds = measure_kernels(weights, device)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            json.dump([getattr(kernel, "__name__"), seconds], file)  # noqa: B009 - a class
+        Path(file.name).replace(path)
+        return kernel, seconds
+
+    def remembered(*given: Any, **named: Any) -> Any:
+        return measure_speed(*given, **named | {"folder": folder})
+
+    kernels._fastest = fastest  # type: ignore[assignment]
+    serving.remembered = remembered
