@@ -244,10 +244,12 @@ async def attacking(processes: ProcessSwarm, model: ReferenceModel) -> AsyncIter
         async def generate_all_the_time() -> None:
             nonlocal texts
             while not over or texts == 0:
+                began = trio.current_time()
                 result = await honest.generate(PROMPT, PARAMS)
                 assert [list(result.token_ids)] == expected
                 assert result.recoveries == 0
                 texts += 1
+                await trio.sleep(trio.current_time() - began)  # strangers are to get on, too
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(generate_all_the_time)

@@ -32,7 +32,7 @@ SLEEPERS = 64
 ROWS = CACHE_TOKENS // 2 // SLEEPERS
 FLOODED = 2
 """Of these, how many are asked for their state until the node does not listen any more."""
-NIGHTS = 4
+NIGHTS = 3
 ASLEEP_MIB = 64.0
 """The cache that they reserve is 10 MiB, their outputs are twice 1.3 MiB, tasks and streams 2 MiB;
 the rest is what the allocator wastes on blocks of so many sizes. Measured: 18 to 30."""
