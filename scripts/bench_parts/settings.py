@@ -42,6 +42,8 @@ class Settings:
     """Tokens of the long prompt that arrives while others decode."""
     shared_prompt: int = 512
     """Tokens of a prompt that two sessions begin with."""
+    processes: tuple[int, ...] = (1, 2, 3)
+    """Into how many a model is divided."""
     swarm_tokens: int = 12
     relayed_tokens: int = 48
     """Of a text over a relay."""
@@ -82,6 +84,7 @@ def tiny(models: pathlib.Path) -> Settings:
         exact_tokens=4,
         prompt=256,
         shared_prompt=96,
+        processes=(3,),
         swarm_tokens=4,
         relayed_tokens=4,
         round_trips=2,

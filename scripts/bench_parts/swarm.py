@@ -21,7 +21,6 @@ from .models import ModelSize
 from .report import Aim, Report, Row, number
 from .settings import Settings, fits_memory
 
-PROCESSES = (1, 2, 3)
 JUDGED = 3
 """Processes for which the aims are."""
 SHARE_OF_ONE_PROCESS = 0.9
@@ -36,7 +35,9 @@ def run(settings: Settings, report: Report, parts: Sequence[str] | None) -> None
     if parts:
         raise SystemExit("--part: swarm has none")
     for size in settings.whole:
-        if fits_memory(size.parameters * 2 * (len(PROCESSES) + 2), f"{size.name} swarms", report):
+        if fits_memory(
+            size.parameters * 2 * (len(settings.processes) + 2), f"{size.name} swarms", report
+        ):
             trio.run(one_model, settings, report, size)
 
 
@@ -46,7 +47,7 @@ async def one_model(settings: Settings, report: Report, size: ModelSize) -> None
     label = mode_label(size, folder, AUTO)
     async with AsyncExitStack() as stack:
         swarms: dict[int, LoopbackSwarm] = {}
-        for processes in PROCESSES:
+        for processes in settings.processes:
             report.say(f"{label}: starting {processes} processes that serve")
             starting = loopback_swarm(folder, processes, AUTO.dtype)
             swarms[processes] = await stack.enter_async_context(starting)

@@ -5,23 +5,15 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.processes import COMMAND, LOOPBACK, ServingNode, run_command
 
 pytestmark = pytest.mark.slow
 
-COMMAND = [sys.executable, "-P", "-m", "petals.node"]
-LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWRqgvzVyfTYV6hvYWYsLnrvYi7NJwFoGkHQY1EpsYUhsN"
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=300
-    )
 
 
 @pytest.fixture
@@ -45,20 +37,16 @@ def serving_event(process: subprocess.Popen[str]) -> dict[str, object]:
     raise AssertionError("it ended without serving")
 
 
-def test_a_bootstrap_peer_says_where_it_is(bootstrap_peer: subprocess.Popen[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_bootstrap_peer_says_where_it_is_and_a_signal_ends_it_in_good_order(
+    bootstrap_peer: subprocess.Popen[str], number: signal.Signals
+) -> None:
     event = serving_event(bootstrap_peer)
     assert set(event) == {"event", "peer_id", "multiaddr", "model", "blocks"}
     assert event["model"] is None
     assert event["blocks"] is None
     pattern = rf"/ip4/127\.0\.0\.1/tcp/\d+/p2p/{event['peer_id']}"
     assert re.fullmatch(pattern, str(event["multiaddr"]))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_node_in_good_order(
-    bootstrap_peer: subprocess.Popen[str], number: signal.Signals
-) -> None:
-    serving_event(bootstrap_peer)
     bootstrap_peer.send_signal(number)
     assert bootstrap_peer.wait() == 0
 
@@ -66,23 +54,20 @@ def test_a_signal_ends_a_node_in_good_order(
 def test_a_node_keeps_its_identity_and_an_empty_swarm_has_a_status(tmp_path: Path) -> None:
     peer_ids = []
     for _ in range(2):
-        with subprocess.Popen(
-            [*COMMAND, "run", "--json", "--listen", LOOPBACK, "--data-dir", str(tmp_path)],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process:
-            event = serving_event(process)
-            peer_ids.append(event["peer_id"])
-            done = run("status", "--json", "--bootstrap", str(event["multiaddr"]))
-            process.terminate()
+        with ServingNode(tmp_path) as node:
+            node.wait_serving()
+            peer_ids.append(node.peer_id)
+            done = run_command("status", "--json", "--bootstrap", node.multiaddr)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == {"models": []}
     assert peer_ids[0] == peer_ids[1]
 
 
-def test_a_port_in_use(bootstrap_peer: subprocess.Popen[str], tmp_path: Path) -> None:
-    taken = str(serving_event(bootstrap_peer)["multiaddr"]).partition("/p2p/")[0]
-    done = run("run", "--listen", taken, "--data-dir", str(tmp_path / "second"))
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with ServingNode(tmp_path / "first") as node:
+        node.wait_serving()
+        taken = node.multiaddr.partition("/p2p/")[0]
+        done = run_command("run", "--listen", taken, "--data-dir", str(tmp_path / "second"))
     assert done.returncode == 2
     assert done.stderr.count("\n") <= 2  # it said that it was starting
     assert "Traceback" not in done.stderr
@@ -91,7 +76,7 @@ def test_a_port_in_use(bootstrap_peer: subprocess.Popen[str], tmp_path: Path) ->
 
 @pytest.mark.parametrize("command", [["generate", "x"], ["chat"], ["status"]])
 def test_nobody_answers(command: list[str]) -> None:
-    done = run(*command, "--bootstrap", NOBODY)
+    done = run_command(*command, "--bootstrap", NOBODY)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -99,7 +84,13 @@ def test_nobody_answers(command: list[str]) -> None:
 
 
 def test_the_demo_is_exact_and_leaves_nothing_behind() -> None:
-    done = run("demo", "--nodes", "2", "--max-new-tokens", "12", "--prompt", "And God said")
+    done = subprocess.run(
+        [*COMMAND, "demo", "--nodes", "2", "--max-new-tokens", "12", "--prompt", "And God said"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same, token for token (12 tokens)" in done.stdout
     assert "And God said" in done.stdout
