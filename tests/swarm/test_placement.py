@@ -30,9 +30,9 @@ SETTLED = 180.0
 """Seconds in which moves that pay, one after the other, have come to their end."""
 HASTE = 3.0
 """Clocks go so much faster than those of a person's nodes, and computing does not."""
-WHOLE = 45.0
-"""Seconds in which the blocks of nodes that died are served again: half of what a person may wait."""
-LONG = SamplingParams(max_new_tokens=200)
+WHOLE = 90.0 / HASTE
+"""Seconds in which the blocks of nodes that died are served again."""
+LONG = SamplingParams(max_new_tokens=400)
 PROMPTS = ("And it came to pass", "The king")
 
 
