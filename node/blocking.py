@@ -5,7 +5,7 @@ waits.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -119,7 +119,7 @@ class Client:
         max_length: int | None = None,
         max_new_tokens: int | None = None,
         **sampling: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The text of ``generate`` as it comes. Ending the iteration early stops generating."""
         handle = self.submit(
             prompt, max_length=max_length, max_new_tokens=max_new_tokens, **sampling
