@@ -11,7 +11,7 @@ def main() -> None:
     """Run the command line and end the process with its exit code."""
     from .environment import prepare_to_compute
 
-    prepare_to_compute(restart=sys.argv[1:2] == ["run"])
+    prepare_to_compute(restart=sys.argv[1:2] in (["run"], ["api"]))
     from .cli.app import run_command_line
 
     sys.exit(run_command_line(sys.argv[1:]))

@@ -17,12 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from petals.node.environment import MEMORY_TUNABLES
+from petals.node.environment import MEMORY_TUNABLES, TORCH_SETTINGS
 
 SERVER = Path(__file__).with_name("forkserver.py")
 _SETTINGS = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "10000",
+    **TORCH_SETTINGS,
     "OMP_NUM_THREADS": "1",
     "GLIBC_TUNABLES": MEMORY_TUNABLES,
 }
