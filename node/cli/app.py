@@ -38,8 +38,8 @@ app = typer.Typer(
     cls=Group,
     help="Run a language model on a swarm of machines, none of which could hold it alone.\n\n"
     "Every option of a command can be set in three places: as --num-blocks 4 on the command line, "
-    "else\nas PETALS_NUM_BLOCKS=4 in the environment, else as num-blocks = 4 in a file of settings "
-    "(--config).\nSeveral values: separated by spaces in the environment, a list in the file.",
+    "else as PETALS_NUM_BLOCKS=4 in the environment, else as num-blocks = 4 in a file of settings "
+    "(--config). Several values: separated by spaces in the environment, a list in the file.",
     epilog=in_markup(
         [
             ("See a whole swarm on this machine", "petals-node demo"),

@@ -265,6 +265,7 @@ def command(
         own = inspect.signature(function)
         parameters = [*own.parameters.values(), *_COMMON_PARAMETERS.values()]
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__doc__ = _unwrapped(inspect.getdoc(function) or "")
         return Declared(name, run, examples, cls)
 
     return declare
@@ -276,9 +277,17 @@ def in_markup(examples: Sequence[tuple[str, ...]]) -> str | None:
         return None
     lines = ["[bold]Examples[/bold]"]
     for purpose, *typed in examples:
-        lines += ["", f"  {purpose}:", *(f"    [green]{_escaped(line)}[/green]" for line in typed)]
+        end = "" if purpose.endswith("?") else ":"
+        lines += ["", f"  {purpose}{end}"]
+        lines += [f"    [green]{_escaped(line)}[/green]" for line in typed]
     return "\n".join(lines)
 
 
+def _unwrapped(text: str) -> str:
+    """Paragraphs without line breaks of their own: rich makes those that the terminal needs."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
 def _escaped(line: str) -> str:
-    return line.replace("[", r"\[")
+    line = line.replace("[", r"\[")
+    return line + "\\" if line.endswith("\\") else line  # else it would escape what ends the colour

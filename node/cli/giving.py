@@ -39,7 +39,7 @@ LIMITS = "What others may have of this node"
         ),
         (
             "A port that the router forwards to this machine",
-            "petals-node run --listen /ip4/0.0.0.0/tcp/31330 \\\\",
+            "petals-node run --listen /ip4/0.0.0.0/tcp/31330 \\",
             "    --announce /ip4/203.0.113.9/tcp/31330 --reachability public",
         ),
     ],
@@ -219,7 +219,13 @@ def run_command(
     json_lines: options.EventsOption = False,
     exit_with_stdin: options.EndWithStdinOption = False,
 ) -> int:
-    """Serve a part of a model to the swarm, or be a bootstrap peer, until Ctrl-C."""
+    """Serve a part of a model to the swarm, or be a bootstrap peer, until Ctrl-C.
+
+    A model is a stack of blocks; a node holds some of them, and texts pass through nodes that hold all of
+    them together. Without --blocks it takes those of which the swarm has least, and moves when they are
+    needed elsewhere. It prints an address when it serves: that is the --bootstrap of others. Ctrl-C,
+    SIGTERM or `petals-node drain`: it hands its sessions over, and is gone within five seconds.
+    """
     from . import arguments, run
 
     exposed = None
@@ -272,7 +278,11 @@ def run_command(
     ],
 )
 def drain_command(*, data_dir: options.DataDirOption = None) -> int:
-    """Let the node that runs here hand its sessions over to others, and leave the swarm."""
+    """Let the node that runs here hand its sessions over to others, and leave the swarm.
+
+    The node is found by its data directory. This waits until it has gone, and changes no text: those that
+    run through it go on through others.
+    """
     from . import drain
 
     return drain.drain(data_dir)
@@ -291,7 +301,11 @@ def drain_command(*, data_dir: options.DataDirOption = None) -> int:
 def swarm_key_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")],
 ) -> int:
-    """Make the key of a private swarm, for all of its nodes to share (--swarm-key)."""
+    """Make the key of a private swarm, for all of its nodes to share (--swarm-key).
+
+    Who does not have the same key cannot connect to any of its nodes, whether to give or to use.
+    A file that is there already is not replaced.
+    """
     from .. import private
 
     private.make_swarm_key(file)

@@ -31,7 +31,8 @@ BootstrapOption = Annotated[
     typer.Option(
         "--bootstrap",
         metavar="MULTIADDR",
-        help="A peer of the swarm: /ip4/ADDRESS/tcp/PORT/p2p/PEER_ID. May be repeated.",
+        help="A peer of the swarm: /ip4/ADDRESS/tcp/PORT/p2p/PEER_ID, as a node prints it when it "
+        "starts. May be repeated.",
         rich_help_panel=SWARM,
     ),
 ]
@@ -41,6 +42,14 @@ MdnsOption = Annotated[
         "--mdns/--no-mdns",
         help="Look for peers on the local network, and be found there. Default: if no bootstrap "
         "peer is named.",
+        rich_help_panel=SWARM,
+    ),
+]
+VisitorMdnsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--mdns/--no-mdns",
+        help="Look for peers on the local network, too.",
         rich_help_panel=SWARM,
     ),
 ]
@@ -76,7 +85,8 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help="auto, float32, bfloat16 or float16, for computing.",
+        help="auto (the fastest that does not round the model's weights), float32, bfloat16 or "
+        "float16, for computing.",
         autocompletion=lambda: list(DTYPES),
         rich_help_panel=COMPUTING,
     ),
@@ -96,7 +106,7 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         metavar="DEVICE",
-        help="auto, cpu, cuda or cuda:N.",
+        help="auto (a GPU, if torch can use one), cpu, cuda or cuda:N.",
         autocompletion=lambda: ["auto", "cpu", "cuda"],
         rich_help_panel=COMPUTING,
     ),
@@ -135,7 +145,10 @@ JsonOption = Annotated[
 MaxNewTokensOption = Annotated[
     int | None,
     typer.Option(
-        "--max-new-tokens", metavar="N", help="Stop after so many tokens.", rich_help_panel=TEXT
+        "--max-new-tokens",
+        metavar="N",
+        help="Stop after so many tokens. Default: 128.",
+        rich_help_panel=TEXT,
     ),
 ]
 TemperatureOption = Annotated[
@@ -143,7 +156,7 @@ TemperatureOption = Annotated[
     typer.Option(
         "--temperature",
         metavar="T",
-        help="0: always the likeliest token. Above: the higher, the bolder.",
+        help="0 (the default): always the likeliest token. Above: the higher, the bolder.",
         rich_help_panel=TEXT,
     ),
 ]
@@ -152,14 +165,17 @@ TopPOption = Annotated[
     typer.Option(
         "--top-p",
         metavar="P",
-        help="Sample from the likeliest tokens that have probability P together.",
+        help="Sample from the likeliest tokens that have probability P together. Default: 1, all.",
         rich_help_panel=TEXT,
     ),
 ]
 TopKOption = Annotated[
     int | None,
     typer.Option(
-        "--top-k", metavar="K", help="Sample from the K likeliest tokens.", rich_help_panel=TEXT
+        "--top-k",
+        metavar="K",
+        help="Sample from the K likeliest tokens. Default: 0, all.",
+        rich_help_panel=TEXT,
     ),
 ]
 RepetitionPenaltyOption = Annotated[
@@ -167,14 +183,17 @@ RepetitionPenaltyOption = Annotated[
     typer.Option(
         "--repetition-penalty",
         metavar="X",
-        help="Above 1: tokens that were there already become less likely.",
+        help="Above 1: tokens that were there already become less likely. Default: 1.",
         rich_help_panel=TEXT,
     ),
 ]
 SeedOption = Annotated[
     int | None,
     typer.Option(
-        "--seed", metavar="N", help="The same seed gives the same text.", rich_help_panel=TEXT
+        "--seed",
+        metavar="N",
+        help="The same seed gives the same text. Without one, each is another.",
+        rich_help_panel=TEXT,
     ),
 ]
 StopOption = Annotated[

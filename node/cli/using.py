@@ -50,7 +50,7 @@ def generate_command(
     *,
     model: options.OriginatedModelOption = None,
     bootstrap: options.BootstrapOption = None,
-    mdns: options.MdnsOption = None,
+    mdns: options.VisitorMdnsOption = None,
     swarm_key: options.SwarmKeyOption = None,
     allow_peers: options.AllowPeersOption = None,
     max_new_tokens: options.MaxNewTokensOption = None,
@@ -75,7 +75,13 @@ def generate_command(
     ] = False,
     exit_with_stdin: options.EndWithStdinOption = False,
 ) -> int:
-    """Go on from a prompt; the text streams to standard output."""
+    """Go on from a prompt; the text streams to standard output.
+
+    One peer of a swarm that serves the model has to be named (--bootstrap), or found on the local network
+    (--mdns). Only the model's two ends are loaded here; its blocks run on the swarm's nodes. If one of
+    those goes away, others take over, and the text stays the same. Where nobody serves some blocks, it
+    waits (--patience). Exit code 0: written to its end; 1: broken off; 2: what was asked for cannot be.
+    """
     from . import generate, originator
 
     saved = originator.load_if_there(resume)
@@ -124,7 +130,7 @@ def chat_command(
     *,
     model: options.OriginatedModelOption = None,
     bootstrap: options.BootstrapOption = None,
-    mdns: options.MdnsOption = None,
+    mdns: options.VisitorMdnsOption = None,
     swarm_key: options.SwarmKeyOption = None,
     allow_peers: options.AllowPeersOption = None,
     max_new_tokens: options.MaxNewTokensOption = None,
@@ -149,7 +155,12 @@ def chat_command(
     patience: options.PatienceOption = None,
     resume: options.ResumeOption = None,
 ) -> int:
-    """Take turns with the model; the swarm remembers the conversation between turns."""
+    """Take turns with the model; the swarm remembers the conversation between turns.
+
+    A peer is named as for `generate`. What you type goes through the chat template of the model, if it has
+    one; a model without one goes on with the text as it is. /quit or Ctrl-D ends the conversation, Ctrl-C
+    breaks off. With --resume it is kept in a file, from which the same command goes on.
+    """
     from . import arguments, chat, originator
 
     saved = originator.load_if_there(resume)
@@ -208,7 +219,7 @@ def api_command(
     api_requests: options.ApiRequestsOption = ApiConfig.max_requests,
     api_body: options.ApiBodyOption = ApiConfig.max_body_mib,
     bootstrap: options.BootstrapOption = None,
-    mdns: options.MdnsOption = None,
+    mdns: options.VisitorMdnsOption = None,
     swarm_key: options.SwarmKeyOption = None,
     allow_peers: options.AllowPeersOption = None,
     dtype: options.DtypeOption = "auto",
@@ -218,7 +229,12 @@ def api_command(
     json_lines: options.EventsOption = False,
     exit_with_stdin: options.EndWithStdinOption = False,
 ) -> int:
-    """Serve an OpenAI-compatible API to a swarm's model, without serving blocks, until Ctrl-C."""
+    """Serve an OpenAI-compatible API to a swarm's model, without serving blocks, until Ctrl-C.
+
+    A peer is named as for `generate`. Programs take http://HOST:PORT/v1 as their base URL, and any key if
+    there is no --api-key; people open http://HOST:PORT/ in a browser, and see the swarm and a chat;
+    Prometheus reads /metrics. A node that serves blocks does the same with `petals-node run --api`.
+    """
     from . import arguments, originator, run
 
     return run.serve(

@@ -1,6 +1,7 @@
 """The command line in one process: exit codes, and words instead of tracebacks."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -108,6 +109,9 @@ def test_help_teaches_a_command(capsys: pytest.CaptureFixture[str], command: str
     assert f"Usage: petals-node {command}" in shown.out
     _, _, examples = shown.out.partition("Examples")
     assert f"petals-node {command}" in examples
+    assert not re.search(r"\[/?[a-z]+\]|\?:", examples), "markup that is shown"
+    explained = shown.out.partition("╭")[0].partition(".")[2]
+    assert len(explained.split()) > 25, "what it does, and what it needs for that"
     assert "--log-level" in shown.out
     assert "exit-with-stdin" not in shown.out
     assert "\x1b" not in shown.out, "colours, where no terminal is"
@@ -145,6 +149,28 @@ def test_asking_for_help_imports_nothing_heavy() -> None:
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported
     assert not imported & {"torch", "transformers", "trio", "libp2p", "huggingface_hub", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("petals-node dr", ["drain"]),
+        ("petals-node run --num", ["--num-blocks"]),
+        ("petals-node run --dtype ", ["auto", "float32", "bfloat16", "float16"]),
+        ("petals-node api --log-format j", ["json"]),
+    ],
+)
+def test_a_shell_completes_what_is_typed(
+    typed: str,
+    offered: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("_PETALS_NODE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split(" ")) - 1))
+    assert run_command_line([]) == 0
+    assert capsys.readouterr().out.split() == offered
 
 
 def test_no_command_is_a_call_for_help(capsys: pytest.CaptureFixture[str]) -> None:

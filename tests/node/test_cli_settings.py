@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from petals.node.cli import settings
-from petals.node.cli.app import app, run_command_line
+from petals.node.cli.app import PANELS, app, run_command_line
 from petals.protocol.errors import ConfigError
 from typer.main import get_command
 
+COMMANDS = [one.name for panel, some in PANELS.items() for one in some if panel is not None]
 OPTIONS = {"run": ["model", "num-blocks", "mdns"], "status": ["model", "watch"]}
 
 
@@ -72,6 +74,41 @@ def test_every_kind_of_value_can_be_set_in_the_environment(
     run = _understood("run")
     assert (run["bootstrap"], run["mdns"], run["json_lines"]) == (["/a", "/b"], False, True)
     assert run["swarm_key"] is None, "empty is as good as not there"
+
+
+VALUES: dict[object, object] = {
+    int: 7,
+    float: 0.625,
+    str: "word",
+    Path: "x/y",
+    list[str]: "word",
+}
+"""Of each kind of option one that is nobody's default."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_can_be_set_in_each_of_the_three_places(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PETALS_DATA_DIR")
+    monkeypatch.delenv("PETALS_DEBUG")
+    declared: Any = get_command(app).get_command(None, command)  # type: ignore[attr-defined]
+    options = {key: one for key, one in declared.settings.items() if key != "debug"}
+    positional = ("file",) if command == "swarm-key" else ()
+    default = _understood(command, *positional)
+    typed, lines = [], [f"[{command}]"]
+    with monkeypatch.context() as patched:
+        for key, option in options.items():
+            value = VALUES.get(option.type_descriptor.annotation, not default[option.name])
+            name = f"--{key}" if value else option.secondary_opts[0]
+            typed += [name] if option.is_flag else [name, str(value)]
+            lines.append(f"{key} = {json.dumps(value)}")
+            patched.setenv(f"PETALS_{key.replace('-', '_').upper()}", str(value))
+        in_environment = _understood(command, *positional)
+    on_the_line = _understood(command, *positional, *typed)
+    (tmp_path / "config.toml").write_text("\n".join(lines))
+    assert on_the_line == in_environment == _understood(command, *positional)
+    assert all(on_the_line[one.name] != default[one.name] for one in options.values())
 
 
 @pytest.mark.parametrize(
