@@ -75,7 +75,7 @@ class Generating(Generic[R]):
         )
         prompt_tokens = sum(map(len, prompts))
         try:
-            answer = _Answer(originator, handle, asked, self._shape, prompt_tokens)
+            answer = _Answer(originator, handle, asked, self._shape, prompts)
             await handle.more(0)
             if handle.status().error is not None:
                 await handle.results()  # raises it
@@ -97,15 +97,17 @@ class _Answer:
         handle: GenerationHandle,
         asked: GenerationRequest,
         shape: Shape,
-        prompt_tokens: int,
+        prompts: list[list[int]],
     ) -> None:
         self._handle = handle
         self._shape = shape
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens = sum(map(len, prompts))
         self._include_usage = asked.include_usage
+        before = [echo for echo in _echoes(originator, asked, prompts) for _ in range(asked.n)]
+        logprobs = asked.kept_logprobs is not None
         self._readers = [
-            Reader(index, originator.tokenizer, logprobs=asked.kept_logprobs is not None)
-            for index in range(len(handle.partial()))
+            Reader(index, originator.tokenizer, logprobs=logprobs, before=echo)
+            for index, echo in enumerate(before)
         ]
         self._head = {
             "id": shape.prefix + handle.id,
@@ -219,6 +221,18 @@ def _encode(originator: Originator, asked: GenerationRequest) -> list[list[int]]
     if not all(encoded):
         raise ApiError(400, "the prompt must not be empty; write at least one word")
     return encoded
+
+
+def _echoes(
+    originator: Originator, asked: GenerationRequest, prompts: list[list[int]]
+) -> list[str]:
+    """What the client wants in front of the texts of each prompt."""
+    if not isinstance(asked, CompletionRequest) or not asked.echo:
+        return [""] * len(prompts)
+    return [
+        said if isinstance(said, str) else str(originator.tokenizer.decode(said))
+        for said in asked.prompt
+    ]
 
 
 def _new_tokens(originator: Originator, asked: GenerationRequest, prompt_tokens: int) -> int:

@@ -182,7 +182,6 @@ class CompletionRequest(GenerationRequest):
 
     harmless: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "best_of": (1,),
-        "echo": (False,),
         "logit_bias": ({},),
         "suffix": ("",),
     }
@@ -190,6 +189,18 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _look_at_echo(self) -> "CompletionRequest":
+        if self.echo and self.logprobs is not None:
+            raise ApiError(
+                400,
+                "echo: is not supported together with logprobs; leave one of them out",
+                param="echo",
+                code="unsupported_parameter",
+            )
+        return self
 
     @property
     def kept_logprobs(self) -> int | None:

@@ -39,8 +39,10 @@ class Piece:
 class Reader:
     """Reads one text as it grows."""
 
-    def __init__(self, index: int, tokenizer: Any, *, logprobs: bool) -> None:
+    def __init__(self, index: int, tokenizer: Any, *, logprobs: bool, before: str = "") -> None:
+        """``before``: what the client wants in front of it."""
         self._index = index
+        self._before = before
         self._tokenizer = tokenizer
         self._given = 0
         self._logprobs = logprobs
@@ -52,7 +54,8 @@ class Reader:
 
     def read(self, generation: Generation) -> Piece:
         """What is new in it."""
-        text = generation.text[self._given :]
+        text = self._before + generation.text[self._given :]
+        self._before = ""
         self._given = len(generation.text)
         if not self._logprobs:
             return Piece(self._index, text, None)

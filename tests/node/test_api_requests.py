@@ -119,7 +119,7 @@ def test_what_is_asked_becomes_sampling() -> None:
         (CompletionRequest, {"stop": [""]}, "stop", "not empty"),
         (CompletionRequest, {"stop": ["a"] * 5}, "stop", "up to 4"),
         (CompletionRequest, {"seed": 2**63}, "seed", "less than"),
-        (CompletionRequest, {"echo": True}, "echo", "not supported"),
+        (CompletionRequest, {"echo": True, "logprobs": 1}, "echo", "not supported together"),
         (CompletionRequest, {"best_of": 3}, "best_of", "not supported"),
         (CompletionRequest, {"logit_bias": {"1": 5}}, "logit_bias", "not supported"),
         (CompletionRequest, {"stream_options": {}}, "stream_options", "only for a request"),
