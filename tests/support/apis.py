@@ -35,7 +35,7 @@ class Served:
     api: CommandProcess
     """The one that only originates."""
     open_url: str
-    """Of the node that serves blocks; it needs no key."""
+    """Of the last of the nodes that serve blocks; it needs no key."""
     url: str
     """Of the other one, which needs one, and has limits."""
     clients: contextlib.ExitStack
@@ -62,19 +62,17 @@ def start_api(processes: ProcessSwarm, model: ReferenceModel, *options: str) -> 
 
 @contextlib.contextmanager
 def serving_apis(model: ReferenceModel, folder: Path, *spans: str) -> Iterator[Served]:
-    """A node for each span, the last with an API, and one more API."""
+    """A node for each span, all with an API, and one more API."""
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(swarm(folder))
         options = ("--api-key", KEY, "--api-requests", str(MOST_REQUESTS), "--api-body", "1")
         api = stack.enter_context(start_api(processes, model, *options, "--cors-origin", PAGE))
-        if spans[:-1]:
-            processes.serve(model.folder, *spans[:-1])
-        [last] = processes.serve(model.folder, spans[-1], options=("--api", "127.0.0.1:0"))
+        nodes = processes.serve(model.folder, *spans, options=("--api", "127.0.0.1:0"))
         yield Served(
             processes,
             model,
             api,
-            str(last.event("api")["url"]),
+            str(nodes[-1].event("api")["url"]),
             str(api.event("api")["url"]),
             stack.enter_context(contextlib.ExitStack()),
         )

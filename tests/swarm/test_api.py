@@ -207,7 +207,7 @@ async def test_an_echo_stands_before_each_text(served: Served, stream: bool) -> 
     )
 
     def texts(**asked: Any) -> list[str]:
-        told = create(**asked)
+        told: Any = create(**asked)
         found = [""] * 4
         for choice in (one for part in (told if stream else [told]) for one in part.choices):
             found[choice.index] += choice.text

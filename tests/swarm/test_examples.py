@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from petals.inference.sampling_params import SamplingParams
-from support.processes import CommandProcess, ProcessSwarm, swarm
+from support.processes import ProcessSwarm, swarm
 from support.reference import ReferenceModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -24,7 +24,7 @@ def served(
     demo: ReferenceModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ProcessSwarm]:
     with swarm(tmp_path_factory.mktemp("swarm")) as processes:
-        processes.serve(demo.name, "0:4", "4:8")
+        processes.serve(demo.name, "0:4", "4:8", options=("--api", "127.0.0.1:0"))
         yield processes
 
 
@@ -105,9 +105,7 @@ def test_batch_job(examples: Examples, demo: ReferenceModel, tmp_path: Path) -> 
 
 
 def test_openai_client(examples: Examples, demo: ReferenceModel, served: ProcessSwarm) -> None:
-    options = ("--bootstrap", served.address, "--api", "127.0.0.1:0")
-    with CommandProcess("api", "--json", "--model", demo.name, *options) as api:
-        url = str(api.event("api")["url"])
-        completion, *chat = examples.run("openai_client", "--url", url)
+    url = str(served.nodes[0].event("api")["url"])
+    completion, *chat = examples.run("openai_client", "--url", url)
     assert completion.startswith(f"{PROMPTS[0]}'")
     assert "\n".join(chat).strip()

@@ -77,9 +77,8 @@ def world(demo: ReferenceModel, tmp_path_factory: pytest.TempPathFactory) -> Ite
                 *("--api", "127.0.0.1:0", "--dtype", "float32"),
             )
         )
-        processes.serve_named(SPANS, demo.name)
         locked = ("--api", "127.0.0.1:0", "--api-key", KEY)
-        [last] = processes.serve_named(LAST, demo.name, options=locked)
+        *_, last = processes.serve_named({**SPANS, **LAST}, demo.name, options=locked)
         yield Seen(
             processes,
             demo,
