@@ -37,7 +37,8 @@ def head_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
 
 def largest_of(head: ScreenedLinear, rows: torch.Tensor) -> torch.Tensor:
     with head.largest_only():
-        return head(rows)
+        output: torch.Tensor = head(rows)
+    return output
 
 
 @given(

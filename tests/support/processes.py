@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import trio
 from chaos_parts.proxy import HOST, Proxy
@@ -71,7 +71,7 @@ class CommandProcess:
         for reader in self._readers:
             reader.start()
 
-    def __enter__(self) -> "CommandProcess":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
