@@ -22,7 +22,7 @@ from .cache import CacheShape
 from .device import as_device
 from .families import Dimensions, Family, find_family
 from .fingerprint import compute_fingerprint
-from .gguf import open_gguf
+from .gguf import load_gguf_tokenizer, open_gguf
 from .hub import GgufSource, Source, open_source
 from .kernels import WeightFormat, widens
 from .loading import fill_module
@@ -217,14 +217,15 @@ class Checkpoint:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's (fast) tokenizer."""
         source = self._source
-        options = {"gguf_file": source.path.name} if isinstance(source, GgufSource) else {}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                source.location,
-                cache_dir=self._cache_dir,
-                local_files_only=source.local_only,
-                **options,
-            )
+            if isinstance(source, GgufSource):
+                tokenizer = load_gguf_tokenizer(source)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    source.location,
+                    cache_dir=self._cache_dir,
+                    local_files_only=source.local_only,
+                )
         # transformers, tokenizers and the hub raise errors of many classes here.
         except Exception as error:
             raise ModelError(f"{self.name}: the tokenizer cannot be loaded: {error}") from error
@@ -249,16 +250,16 @@ def open_checkpoint(
     source = open_source(str(name_or_path), cache_dir=cache_dir, progress=progress)
     if progress is not None:
         progress(Step(f"opening {source.name}"))
-    gguf = open_gguf(source) if isinstance(source, GgufSource) else None
-    raw = _read_config(source) if gguf is None else gguf.config
+    file = open_gguf(source) if isinstance(source, GgufSource) else None
+    raw = _read_config(source) if file is None else file.config
     family, config = _parsed(source, raw)
     if family.tried and not tried:
         require_exact(source.name, config, partial(open_checkpoint, tried=True), progress)
     generation_path = source.find("generation_config.json")
-    if gguf is None:
+    if file is None:
         weights = open_weights(source, family.canonical)
     else:
-        weights = gguf.weights(config, family.canonical)
+        weights = file.weights(config, family.canonical)
     if progress is not None and weights.index is None:
         progress(Step(f"hashing {weights.filenames[0]}"))
     return Checkpoint(
@@ -275,8 +276,8 @@ def open_checkpoint(
 def open_config(name_or_path: str | Path, *, cache_dir: Path | None = None) -> Any:
     """transformers' config object alone, of what ``open_checkpoint`` opens. Raises ModelError."""
     source = open_source(str(name_or_path), cache_dir=cache_dir)
-    gguf = open_gguf(source) if isinstance(source, GgufSource) else None
-    _, config = _parsed(source, _read_config(source) if gguf is None else gguf.config)
+    file = open_gguf(source) if isinstance(source, GgufSource) else None
+    _, config = _parsed(source, _read_config(source) if file is None else file.config)
     return config
 
 

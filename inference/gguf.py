@@ -2,20 +2,30 @@
 
 transformers knows how to read a GGUF: which fields make a config, which tensor is which parameter,
 and where llama.cpp has changed a tensor (rotary halves interleaved, norms with one added). It does
-so for all tensors at once, in float32. Here its tables are asked for one tensor at a time: the file
-is mapped, rows of a matrix are dequantised piece by piece, and a tensor that has to be put back into
+so for all tensors at once, in float32. Here its tables are asked for one tensor at a time: rows of a
+matrix are read and dequantised piece by piece, and a tensor that has to be put back into
 shape is in memory as a whole only while it is packed.
 
 A file that says something that those tables would pass over is refused: it would be another model.
 """
 
-from collections.abc import Callable, Sequence
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
-from gguf import GGUFReader, ReaderTensor, dequantize
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from gguf import GGUFEndian, GGUFReader, GGUFValueType, ReaderTensor, dequantize
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -31,6 +41,33 @@ _AS_THEY_ARE = ("token_embd.weight", "output.weight")
 """Tensors that no processor changes; the first is read row by row for as long as a node runs."""
 _UNREAD = ("rope.scaling.type", "expert_count")
 """Fields that change what the weights mean, and that transformers does not read for all."""
+_AT_ONCE = 1 << 18
+"""Weights that are dequantised together."""
+_LONG = 4096
+"""Entries of an array that is a vocabulary, and not a setting for each block."""
+
+
+class _Header(GGUFReader):
+    """A reader that steps over vocabularies, which take gguf's own seconds to take in."""
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
+        if raw_type == GGUFValueType.ARRAY:
+            order = "<" if self.endianess.name == "LITTLE" else ">"
+            kind, count = struct.unpack_from(f"{order}IQ", memoryview(self.data), orig_offs)
+            if count > _LONG:
+                end = orig_offs + 12
+                if kind == GGUFValueType.STRING:
+                    for _ in range(count):
+                        end += 8 + struct.unpack_from(f"{order}Q", memoryview(self.data), end)[0]
+                else:
+                    size = np.dtype(self.gguf_scalar_to_np[GGUFValueType(kind)]).itemsize
+                    end += size * count
+                return end - orig_offs, [], [], [GGUFValueType.ARRAY, GGUFValueType(kind)]
+        parts: tuple[int, list[Any], list[int], list[GGUFValueType]]
+        parts = super()._get_field_parts(orig_offs, raw_type)
+        return parts
 
 
 class Gguf:
@@ -67,10 +104,16 @@ class Gguf:
 
     def _read(self, key: str) -> Stored:
         tensor = self._tensors[key]
+        path = self._source.path
         if key in _AS_THEY_ARE or type(self._processor) is TensorProcessor:
-            shape = torch.Size(int(size) for size in reversed(tensor.shape))
-            return Stored(shape, self._checked(lambda pairs: [_rows(tensor, *at) for at in pairs]))
-        whole = self._processor.process(_dequantized(tensor, tensor.data), name=key).weights
+            return Stored(
+                _shape(tensor),
+                self._checked(
+                    lambda pairs: [_as_torch(_dequantized(path, tensor, *at)) for at in pairs]
+                ),
+            )
+        values = _dequantized(path, tensor, 0, _shape(tensor)[0])
+        whole = self._processor.process(values, name=key).weights
         kept = _as_torch(whole)
         return Stored(kept.shape, lambda pairs: [kept[start:stop] for start, stop in pairs])
 
@@ -91,12 +134,15 @@ def open_gguf(source: GgufSource) -> Gguf:
     """Open the file of ``source``. Raises ModelError."""
     path = source.path
     try:
-        reader = GGUFReader(path)
-        config = load_gguf_checkpoint(path)["config"]
+        reader = _Header(path)
+        with _headers_only():
+            config = load_gguf_checkpoint(path)["config"]
         architecture = str(reader.fields["general.architecture"].contents())
     # A damaged file, or one of an architecture that transformers can't read, can raise anything.
     except Exception as error:
         raise ModelError(f"{path} cannot be read as GGUF: {error}") from error
+    if reader.endianess is not GGUFEndian.LITTLE:
+        raise ModelError(f"{path} is big-endian; convert it with gguf-convert-endian")
     if "split.count" in reader.fields:
         raise ModelError(f"{path} is one of several parts; join them with llama-gguf-split --merge")
     for field in _UNREAD:
@@ -109,13 +155,45 @@ def open_gguf(source: GgufSource) -> Gguf:
     return Gguf(source, reader, config, architecture)
 
 
-def _rows(tensor: ReaderTensor, start: int, stop: int) -> torch.Tensor:
-    return _as_torch(_dequantized(tensor, tensor.data[start:stop]))
+def load_gguf_tokenizer(source: GgufSource) -> PreTrainedTokenizerBase:
+    """The tokenizer and chat template in the file of ``source``. Raises whatever transformers does."""
+    with tempfile.TemporaryDirectory() as alone:  # it would take what lies beside the file for more
+        name = "model.gguf"
+        Path(alone, name).symlink_to(source.path.resolve())
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(alone, gguf_file=name)
+        return tokenizer
 
 
-def _dequantized(tensor: ReaderTensor, data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    values: np.ndarray[Any, Any] = dequantize(data, tensor.tensor_type)
-    return values
+@contextmanager
+def _headers_only() -> Iterator[None]:
+    """transformers opens the file again: let it use our reader, too."""
+    kept = gguf.GGUFReader
+    gguf.GGUFReader = _Header  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = kept  # type: ignore[misc]
+
+
+def _dequantized(path: Path, tensor: ReaderTensor, start: int, stop: int) -> np.ndarray[Any, Any]:
+    """Rows in float32; a part at a time, because gguf takes several times what comes out.
+
+    They are read, not mapped: what was mapped would stay in memory, beside what was made of it.
+    """
+    width = int(tensor.n_elements) // _shape(tensor)[0]
+    values = np.empty((stop - start, width), dtype=np.float32)
+    size = tensor.n_bytes // _shape(tensor)[0]
+    step = max(1, _AT_ONCE // width)
+    for first in range(start, stop, step):
+        count = min(step, stop - first)
+        offset = tensor.data_offset + first * size
+        part = np.fromfile(path, np.uint8, count * size, offset=offset).reshape(count, size)
+        values[first - start :][:count] = dequantize(part, tensor.tensor_type)
+    return values.reshape(stop - start, *_shape(tensor)[1:])
+
+
+def _shape(tensor: ReaderTensor) -> torch.Size:
+    return torch.Size(int(size) for size in reversed(tensor.shape))
 
 
 def _as_torch(values: np.ndarray[Any, Any]) -> torch.Tensor:
