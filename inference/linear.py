@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from .kernels import Kernel, WeightFormat, choose_kernel, widens
+from .kernels import Kernel, Plain, WeightFormat, choose_kernel, widens
 
 PIECE = 1 << 25
 """Weights of a piece: while it is packed, it takes 128 MiB in float32."""
@@ -78,9 +78,10 @@ def _pack(piece: torch.Tensor, bias: torch.Tensor | None, weights: WeightFormat)
             return make(piece, bias)
         except ValueError:  # it does not divide into groups
             return _pack(piece, bias, WeightFormat.FLOAT16)
-    return make(
-        piece.to(weights.torch_dtype, copy=True, memory_format=torch.contiguous_format), bias
-    )
+    # What keeps the matrix as it is must not keep a view of the file.
+    keeps = make is Plain and piece.device.type == "cpu"
+    held = piece.to(weights.torch_dtype, copy=keeps, memory_format=torch.contiguous_format)
+    return make(held, bias)
 
 
 def _exact_half(piece: torch.Tensor) -> WeightFormat | None:
@@ -92,6 +93,10 @@ def _exact_half(piece: torch.Tensor) -> WeightFormat | None:
         if piece.dtype == half.torch_dtype:
             return half
     for half in halves:
-        if torch.equal(piece.to(half.torch_dtype).to(piece.dtype), piece):
+        # Nearly every matrix that doesn't fit shows that in a row.
+        if all(
+            torch.equal(some.to(half.torch_dtype).to(piece.dtype), some)
+            for some in (piece[:1], piece)
+        ):
             return half
     return None
