@@ -25,7 +25,7 @@ from petals.protocol.prefix import PREFIX_ROWS
 from petals.protocol.span import Span
 from petals.protocol.tensor import DType, WireTensor
 from support.engines import Chain, generate, serving
-from support.tiny_families import CONFIGS, greedy, tiny_config, tiny_model
+from support.tiny_families import CONFIGS, NAMED, greedy, tiny_config, tiny_model
 
 PROMPTS = [
     [5, 6, 7, 8, 90, 91],
@@ -36,26 +36,6 @@ PROMPTS = [
 NEW = 10
 GREEDY = SamplingParams(max_new_tokens=NEW)
 SPANS = Span(0, 1), Span(1, 4)
-NAMED = (
-    "Llama, biases, tied, one head of keys, llama3 rotary",
-    "Mistral, window",
-    "Qwen2, window in half of the blocks, yarn",
-    "Qwen3",
-    "Qwen3-MoE, one dense block",
-    "Phi3, window",
-    "Granite, all multipliers",
-    "Olmo2",
-    "Gemma",
-    "Gemma2, soft caps, every second block with a window",
-    "Mixtral, window",
-    "GPT-NeoX",
-    "Cohere, norms of queries and keys",
-    "SmolLM3, blocks without rotary, window",
-    "BLOOM",
-    "Falcon, new architecture",
-    "Falcon, ALiBi, biases",
-)
-"""A model of each family that the README names, with the most that its config can switch on."""
 each_family = pytest.mark.parametrize("tiny", NAMED, indirect=True, scope="module")
 ALIKE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import petals.inference
 import torch
 from petals.inference.sampling_params import SamplingParams
 from support.tiny_bloom import tiny_bloom
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support.tiny_families import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 DEMO_FOLDER = Path(petals.inference.__file__).parent / "demo_model"
 
@@ -39,12 +41,13 @@ class ReferenceModel:
     @property
     def num_blocks(self) -> int:
         """How many blocks it has."""
-        return int(self.model.config.n_layer)
+        return int(self.model.config.num_hidden_layers)
 
     @property
     def max_length(self) -> int:
         """Tokens that it was made for."""
-        return int(getattr(self.model.config, "seq_length", 2048))
+        config = self.model.config
+        return int(getattr(config, "seq_length", getattr(config, "max_position_embeddings", 2048)))
 
     def generate(self, prompts: tuple[str, ...], params: SamplingParams) -> list[list[int]]:
         """The new tokens of each prompt, up to and with the end of text; kept for the next call."""
@@ -106,6 +109,15 @@ class ReferenceModel:
 def demo_model() -> ReferenceModel:
     """The model that is built in."""
     return ReferenceModel("demo", DEMO_FOLDER)
+
+
+def with_demo_tokenizer(folder: Path, config: Callable[[int], PreTrainedConfig]) -> ReferenceModel:
+    """A random model of any family, of the ``config`` for a vocabulary of that size."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_FOLDER / name, folder / name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tiny_model(config(len(tokenizer)), folder)
+    return ReferenceModel(str(folder), folder)
 
 
 def random_model(folder: Path, *, seed: int = 0, **changes: Any) -> ReferenceModel:

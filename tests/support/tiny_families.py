@@ -68,6 +68,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaConfig",
         GROUPED | {"rope_parameters": DYNAMIC},
     ),
+    "Llama, yarn": ("LlamaConfig", GROUPED | {"rope_parameters": YARN | {"attention_factor": 0.8}}),
     "Mistral, window": ("MistralConfig", GROUPED | {"sliding_window": WINDOW, "head_dim": 24}),
     "Mistral, no window": ("MistralConfig", GROUPED | {"sliding_window": None}),
     "Qwen2, window in half of the blocks, yarn": (
@@ -81,7 +82,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "Qwen2, tied": ("Qwen2Config", GROUPED | {"tie_word_embeddings": True}),
-    "Qwen3": ("Qwen3Config", GROUPED | {"head_dim": 24, "attention_bias": True}),
+    "Qwen3, wide heads, biases": (
+        "Qwen3Config",
+        GROUPED | {"head_dim": 24, "attention_bias": True},
+    ),
+    "Qwen3, window in half of the blocks, tied": (
+        "Qwen3Config",
+        GROUPED
+        | {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
     "Qwen3-MoE, one dense block": (
         "Qwen3MoeConfig",
         GROUPED
@@ -92,6 +106,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 32,
             "mlp_only_layers": [1],
             "norm_topk_prob": True,
+        },
+    ),
+    "Qwen3-MoE, every second block dense, biases": (
+        "Qwen3MoeConfig",
+        GROUPED
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": False,
+            "attention_bias": True,
         },
     ),
     "Phi3, window": ("Phi3Config", GROUPED | {"sliding_window": WINDOW}),
@@ -114,8 +140,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_multiplier": 0.2,
         },
     ),
+    "Granite, biases, tied": (
+        "GraniteConfig",
+        GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
     "Olmo2": ("Olmo2Config", GROUPED),
-    "Gemma": ("GemmaConfig", GROUPED | {"head_dim": 24}),
+    "Olmo2, biases, tied": (
+        "Olmo2Config",
+        GROUPED | {"attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "Gemma, wide heads": ("GemmaConfig", GROUPED | {"head_dim": 24}),
+    "Gemma, one head of keys, biases, untied": (
+        "GemmaConfig",
+        SIZES
+        | {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
     "Gemma2, soft caps, every second block with a window": (
         "Gemma2Config",
         GROUPED
@@ -127,18 +171,54 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 20,
         },
     ),
+    "Gemma2, no caps, biases, untied": (
+        "Gemma2Config",
+        GROUPED
+        | {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": ALTERNATING,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
     "Mixtral, window": (
         "MixtralConfig",
         GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    ),
+    "Mixtral, no window, tied": (
+        "MixtralConfig",
+        GROUPED
+        | {
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+        },
     ),
     "GPT-NeoX": ("GPTNeoXConfig", SIZES | {"rotary_pct": 0.25}),
     "GPT-NeoX, one after the other": (
         "GPTNeoXConfig",
         SIZES | {"use_parallel_residual": False, "attention_bias": False},
     ),
+    "GPT-NeoX, all of a head rotated, linear rotary, tied": (
+        "GPTNeoXConfig",
+        SIZES
+        | {
+            "rotary_pct": 1.0,
+            "rope_parameters": LINEAR | {"partial_rotary_factor": 1.0},
+            "tie_word_embeddings": True,
+        },
+    ),
     "Cohere, norms of queries and keys": (
         "CohereConfig",
         GROUPED | {"logit_scale": 0.3, "use_qk_norm": True},
+    ),
+    "Cohere, biases, untied": (
+        "CohereConfig",
+        GROUPED | {"attention_bias": True, "tie_word_embeddings": False},
     ),
     "SmolLM3, blocks without rotary, window": (
         "SmolLM3Config",
@@ -150,7 +230,22 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ALTERNATING,
         },
     ),
+    "SmolLM3, biases, untied": (
+        "SmolLM3Config",
+        GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    ),
     "BLOOM": ("BloomConfig", {"vocab_size": 97, "hidden_size": 48, "n_layer": 4, "n_head": 6}),
+    "BLOOM, residuals behind norms, untied": (
+        "BloomConfig",
+        {
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "n_layer": 4,
+            "n_head": 4,
+            "apply_residual_connection_post_layernorm": True,
+            "tie_word_embeddings": False,
+        },
+    ),
     "Falcon, new architecture": (
         "FalconConfig",
         SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
@@ -173,13 +268,28 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "FalconConfig",
         SIZES | {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True},
     ),
-    "Gemma3": ("Gemma3TextConfig", GROUPED | {"head_dim": 24, "sliding_window": WINDOW}),
-    "Cohere2": ("Cohere2Config", GROUPED | {"sliding_window": WINDOW}),
-    "Olmo": ("OlmoConfig", GROUPED | {"clip_qkv": 1.0}),
-    "Olmo3": ("Olmo3Config", GROUPED | {"sliding_window": WINDOW}),
+    "Falcon, rotary one after the other, linear, untied": (
+        "FalconConfig",
+        SIZES
+        | {
+            "multi_query": False,
+            "alibi": False,
+            "parallel_attn": False,
+            "rope_parameters": LINEAR,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "Falcon, new architecture, ALiBi": (
+        "FalconConfig",
+        SIZES | {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": True},
+    ),
+    "Gemma3, windows": ("Gemma3TextConfig", GROUPED | {"head_dim": 24, "sliding_window": WINDOW}),
+    "Cohere2, windows": ("Cohere2Config", GROUPED | {"sliding_window": WINDOW}),
+    "Olmo, clipped": ("OlmoConfig", GROUPED | {"clip_qkv": 1.0}),
+    "Olmo3, windows": ("Olmo3Config", GROUPED | {"sliding_window": WINDOW}),
     "OLMoE": ("OlmoeConfig", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
     "Granite-MoE": ("GraniteMoeConfig", GROUPED | {"num_local_experts": 4}),
-    "Qwen2-MoE": (
+    "Qwen2-MoE, a shared expert": (
         "Qwen2MoeConfig",
         GROUPED
         | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
@@ -189,7 +299,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM": ("GlmConfig", GROUPED | {"head_dim": 16}),
     "GLM4": ("Glm4Config", GROUPED | {"head_dim": 16}),
     "Helium": ("HeliumConfig", GROUPED | {"head_dim": 16}),
-    "EXAONE4": ("Exaone4Config", GROUPED | {"sliding_window": WINDOW}),
+    "EXAONE4, windows": ("Exaone4Config", GROUPED | {"sliding_window": WINDOW}),
     "Seed-OSS": ("SeedOssConfig", GROUPED | {"head_dim": 16}),
     "Arcee": ("ArceeConfig", GROUPED),
     "ERNIE 4.5": ("Ernie4_5Config", GROUPED),
@@ -198,6 +308,27 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "BitNet": ("BitNetConfig", GROUPED),
 }
 """A name to read, the class of the config, and its fields."""
+
+NAMED = (
+    "Llama, biases, tied, one head of keys, llama3 rotary",
+    "Mistral, window",
+    "Qwen2, window in half of the blocks, yarn",
+    "Qwen3, wide heads, biases",
+    "Qwen3-MoE, one dense block",
+    "Phi3, window",
+    "Granite, all multipliers",
+    "Olmo2",
+    "Gemma, wide heads",
+    "Gemma2, soft caps, every second block with a window",
+    "Mixtral, window",
+    "GPT-NeoX",
+    "Cohere, norms of queries and keys",
+    "SmolLM3, blocks without rotary, window",
+    "BLOOM",
+    "Falcon, new architecture",
+    "Falcon, ALiBi, biases",
+)
+"""A model of each family that the README names, with the most that its config can switch on."""
 
 
 def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:

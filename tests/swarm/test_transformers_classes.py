@@ -364,7 +364,7 @@ def test_the_code_in_the_readme(
     torch.testing.assert_close(scope["hidden"], states[4], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Gemma", "Falcon, new architecture"])
+@pytest.mark.parametrize("name", ["Gemma, wide heads", "Falcon, new architecture"])
 def test_other_families(
     name: str, tmp_path_factory: pytest.TempPathFactory, tmp_swarm: ProcessSwarm
 ) -> None:
