@@ -20,6 +20,8 @@ class Settings:
 
     models: pathlib.Path
     """Folder that the models are written to."""
+    quick: bool = False
+    """Whether every path is only tried."""
     whole: tuple[ModelSize, ...] = (SIZES["560m"], SIZES["1b7"])
     """Models that write text."""
     block: ModelSize = SIZES["7b1"]
@@ -72,6 +74,7 @@ def tiny(models: pathlib.Path) -> Settings:
     """A minute's worth, on a tiny model: every path is taken, nothing is measured well."""
     return Settings(
         models=models,
+        quick=True,
         whole=(TINY,),
         block=TINY_BLOCK,
         large_block=TINY_BLOCK,

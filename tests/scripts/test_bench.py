@@ -24,7 +24,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_the_subcommands() -> None:
     done = bench("--help")
     assert done.returncode == 0
-    for subcommand in ("engine", "swarm", "relay", "frames", "quantization"):
+    for subcommand in ("engine", "swarm", "relay", "smollm2", "frames", "quantization"):
         assert subcommand in done.stdout
 
 
@@ -54,6 +54,7 @@ def test_bad_arguments_are_refused_in_words(arguments: list[str], said: str) -> 
             ["the first stream to a peer, over a relay", "bulk, directly", "demo through one"],
         ),
         ("swarm", ["3 processes, one session", "8 sessions", "the same 96 tokens once more"]),
+        ("smollm2", ["3 processes, KV 16: one session", "a text of 4 tokens"]),
         (
             "engine",
             [
