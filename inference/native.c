@@ -134,6 +134,7 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
 #define PANEL (2 * LANES)
 #define DEPTH 1024 /* inputs at once: a panel's part and its rows' stay in the second-level cache */
 #define BLOCK_ROWS (8 * MAX_TILE)
+#define LINE 64     /* bytes of a cache line */
 #define AHEAD 32768 /* bytes: some pages, so that addresses are looked up in time, too */
 
 ptrdiff_t panel_features(void) { return PANEL; }
@@ -147,7 +148,11 @@ static const float LEVELS[16] = {
 
 /* Bytes of PANEL weights. Those of 4 bits lie two in a byte: feature i, and i + LANES above it. */
 INLINE ptrdiff_t panel_row(enum dtype dtype) {
-    return dtype == NF4 ? LANES : dtype == INT8 ? PANEL : 2 * PANEL;
+    switch (dtype) {
+    case NF4: return LANES;
+    case INT8: return PANEL;
+    default: return PANEL * (ptrdiff_t)width(dtype);
+    }
 }
 
 INLINE struct pair load_weights(const char *p, const enum dtype dtype) {
@@ -157,7 +162,7 @@ INLINE struct pair load_weights(const char *p, const enum dtype dtype) {
         const int8_t *integers = (const int8_t *)p;
         return (struct pair){from_int8(integers), from_int8(integers + LANES)};
     }
-    default: return (struct pair){load(p, dtype), load(p + 2 * LANES, dtype)};
+    default: return (struct pair){load(p, dtype), load(p + LANES * width(dtype), dtype)};
     }
 }
 
@@ -210,7 +215,8 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
         for (; i < ends[k]; i++)
             UNROLL for (int p = 0; p < panels; p++) {
                 const char *row = weights + p * panel_size + i * row_bytes;
-                _mm_prefetch(row + ahead[k], _MM_HINT_T0);
+                UNROLL for (ptrdiff_t line = 0; line < row_bytes; line += LINE)
+                    _mm_prefetch(row + ahead[k] + line, _MM_HINT_T0);
                 const struct pair pair = load_weights(row, dtype);
                 UNROLL for (int r = 0; r < rows; r++) {
                     const vec value = SET(x[i * rows + r]);
@@ -287,7 +293,8 @@ static void any_tile(const struct part *part, int rows, int panels, enum dtype d
     case NF4: tile_of(part, rows, panels, NF4); break;
     case INT8: tile_of(part, rows, panels, INT8); break;
     case FLOAT16: tile_of(part, rows, panels, FLOAT16); break;
-    default: tile_of(part, rows, panels, BFLOAT16);
+    case BFLOAT16: tile_of(part, rows, panels, BFLOAT16); break;
+    default: tile_of(part, rows, panels, FLOAT32);
     }
 }
 

@@ -96,8 +96,8 @@ class Native:
         self._attention.restype = None
 
     def pack(self, weight: torch.Tensor) -> PackedMatrix:
-        """``[out, in]`` of float16 or bfloat16, in the order that ``multiply`` reads it in."""
-        if weight.dtype not in (torch.float16, torch.bfloat16):
+        """``[out, in]`` of 32 or 16 bits, in the order that ``multiply`` reads it in."""
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"weights of {weight.dtype} cannot be packed")
         return self._packed(weight)
 
