@@ -140,7 +140,9 @@ class Native:
             raise ValueError(f"{rows.dtype} {tuple(rows.shape)} by a matrix of {weight.inputs}")
         rows = rows.contiguous()
         output = rows.new_empty((count, weight.padded))
-        packed = rows.new_empty(min(count, self._block_rows) * inputs if count > 1 else 0)
+        packed = None
+        if count > 1:
+            packed = rows.new_empty(min(count, self._block_rows) * inputs)
         self._multiply(
             weight.data.data_ptr(),
             _DTYPES[weight.data.dtype],
@@ -149,12 +151,12 @@ class Native:
             rows.data_ptr(),
             None if bias is None else bias.data_ptr(),
             output.data_ptr(),
-            packed.data_ptr(),
+            None if packed is None else packed.data_ptr(),
             weight.padded,
             inputs,
             count,
         )
-        return output[:, : weight.features]
+        return output if weight.padded == weight.features else output[:, : weight.features]
 
     def decode_attention(
         self,

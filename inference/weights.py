@@ -7,6 +7,7 @@ tensor that is read is a view of the mapped file until its reader copies it.
 Nothing in a checkpoint executes: safetensors, or pickles under ``weights_only``.
 """
 
+import functools
 import json
 import re
 import zipfile
@@ -173,17 +174,29 @@ def _open_safetensors(path: Path) -> tuple[list[str], Reader]:
         raise _unreadable(path, error) from error
 
     @contextmanager
-    def opened() -> Iterator[Any]:
+    def checked() -> Iterator[None]:
         try:
             if file_identity(path) != identity:
                 raise ModelError(f"{path} has changed since it was opened; start again")
-            with safe_open(path, framework="pt", device="cpu") as file:
-                yield file
+            yield
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from error
 
+    @contextmanager
+    def opened() -> Iterator[Any]:
+        with checked(), safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+
     def read(key: str) -> Stored:
+        @functools.cache
+        def kept() -> Any:
+            """For single entries: to open the file takes far longer than to read one."""
+            return safe_open(path, framework="pt", device="cpu").get_slice(key)
+
         def rows(pairs: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+            if all(stop - start == 1 for start, stop in pairs):
+                with checked():
+                    return [_convertible(path, key, kept()[start:stop]) for start, stop in pairs]
             with opened() as file:
                 entries = file.get_slice(key)
                 return [_convertible(path, key, entries[start:stop]) for start, stop in pairs]
