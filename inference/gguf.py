@@ -55,12 +55,13 @@ class _Header(GGUFReader):
     ) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
         if raw_type == GGUFValueType.ARRAY:
             order = "<" if self.endianess.name == "LITTLE" else ">"
-            kind, count = struct.unpack_from(f"{order}IQ", memoryview(self.data), orig_offs)
+            data: Any = self.data  # numpy does not say that it is a buffer
+            kind, count = struct.unpack_from(f"{order}IQ", data, orig_offs)
             if count > _LONG:
                 end = orig_offs + 12
                 if kind == GGUFValueType.STRING:
                     for _ in range(count):
-                        end += 8 + struct.unpack_from(f"{order}Q", memoryview(self.data), end)[0]
+                        end += 8 + struct.unpack_from(f"{order}Q", data, end)[0]
                 else:
                     size = np.dtype(self.gguf_scalar_to_np[GGUFValueType(kind)]).itemsize
                     end += size * count

@@ -191,7 +191,8 @@ def _open_safetensors(path: Path) -> tuple[list[str], Reader]:
         @functools.cache
         def kept() -> Any:
             """For single entries: to open the file takes far longer than to read one."""
-            return safe_open(path, framework="pt", device="cpu").get_slice(key)
+            file: Any = safe_open(path, framework="pt", device="cpu")
+            return file.get_slice(key)
 
         def rows(pairs: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
             if all(stop - start == 1 for start, stop in pairs):

@@ -28,7 +28,8 @@ def test_turns_give_what_the_template_makes_of_the_whole(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     tokenizer.chat_template = MARKED
-    eos = tokenizer.convert_tokens_to_ids("</s>")
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)
     template = ChatTemplate(tokenizer, [eos])
     answer = tokenizer("in the beginning", add_special_tokens=False)["input_ids"]
     for ended in (True, False):  # an answer that is cut off at its longest has no end of its own
