@@ -174,7 +174,7 @@ INLINE vec load_half(const char *p, int half, const enum dtype dtype) {
         return half ? both.right : both.left;
     }
     case INT8: return from_int8((const int8_t *)p + half * LANES);
-    default: return load(p + half * 2 * LANES, dtype);
+    default: return load(p + half * LANES * width(dtype), dtype);
     }
 }
 
@@ -246,7 +246,8 @@ INLINE void tall_tile(const struct part *part, const int rows, const enum dtype 
             sums[r] = scaled ? SET(0.0f) : LOAD(out + r * part->features);
         for (ptrdiff_t i = 0; i < part->count; i++) {
             const char *row = part->weights + i * row_bytes;
-            _mm_prefetch(row + AHEAD, _MM_HINT_T0);
+            UNROLL for (ptrdiff_t line = 0; line < row_bytes; line += LINE)
+                _mm_prefetch(row + AHEAD + line, _MM_HINT_T0);
             const vec weights = load_half(row, half, dtype);
             UNROLL for (int r = 0; r < rows; r++)
                 sums[r] = FMA(weights, SET(part->rows[i * rows + r]), sums[r]);

@@ -61,7 +61,7 @@ class PackedMatrix:
     """Inputs that share a scale; 0 without scales."""
 
     def panels(self, numbers: Sequence[int]) -> "PackedMatrix":
-        """A copy of some of its panels, in 16 bits: each holds ``padded / len(data)`` features."""
+        """A copy of some of its panels, of a matrix without scales."""
         data = self.data[list(numbers)]
         features = len(data) * data.shape[2]
         return PackedMatrix(features, self.inputs, features, data)

@@ -6,7 +6,7 @@ no more than the norm of what the rounding took from its weights times the norm 
 and Schwarz), and by the rounding of the sums, which is bounded, too (Higham, "Accuracy and Stability
 of Numerical Algorithms", section 3.1). Whatever may be the largest by that is computed from the
 weights themselves, by the kernel that computes all of them otherwise: the same bits, at about half
-of the time, for half as much memory again.
+of the time of weights in 16 bits, for half as much memory again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .device import free_memory
-from .kernels import NativeHalf
+from .kernels import NativeFloat, NativeHalf
 from .linear import Linear
 from .native import Native, PackedMatrix, mapped_zeros, native
 
@@ -38,7 +38,7 @@ class ScreenedLinear(nn.Module):
     """Computes what ``whole`` computes; within ``largest_only``, of a few rows, less than that."""
 
     def __init__(self, whole: Linear, library: Native) -> None:
-        """``whole`` is of ``NativeHalf`` kernels without a bias, all but the last of full panels."""
+        """``whole`` is of our own kernels in 16 or 32 bits, without a bias, of full panels but the last."""
         super().__init__()
         self._whole = whole
         self._library = library
@@ -112,7 +112,7 @@ def screened(head: Linear) -> Linear | ScreenedLinear:
 
 def _packed(head: Linear) -> list[PackedMatrix]:
     """Its matrix, piece by piece; nothing if it is held in another way, or not without a bias."""
-    kernels = [kernel for kernel in head.kernels if isinstance(kernel, NativeHalf)]
+    kernels = [each for each in head.kernels if isinstance(each, NativeHalf | NativeFloat)]
     if len(kernels) < len(head.kernels) or any(kernel.biased for kernel in kernels):
         return []
     return [kernel.packed for kernel in kernels]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from petals.inference import screening
-from petals.inference.kernels import NativeHalf
+from petals.inference.kernels import NativeFloat, NativeHalf
 from petals.inference.linear import Linear
 from petals.inference.native import Native, native
 from petals.inference.screening import ScreenedLinear, screened
@@ -32,7 +32,8 @@ def head_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     """In pieces, as large heads are."""
     pieces = weight.split(FEATURES // 4)
     biases = [None] * len(pieces) if bias is None else bias.split(FEATURES // 4)
-    return Linear([NativeHalf(*piece) for piece in zip(pieces, biases, strict=True)])
+    kernel = NativeFloat if weight.dtype == torch.float32 else NativeHalf
+    return Linear([kernel(*piece) for piece in zip(pieces, biases, strict=True)])
 
 
 def largest_of(head: ScreenedLinear, rows: torch.Tensor) -> torch.Tensor:
@@ -46,7 +47,7 @@ def largest_of(head: ScreenedLinear, rows: torch.Tensor) -> torch.Tensor:
     features=st.integers(FEATURES - 33, FEATURES + 40),
     inputs=st.sampled_from([64, 100, 1024]),
     count=st.integers(1, 4),
-    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     spread=st.sampled_from([0.0, 1.0, 3.0]),
 )
 def test_the_largest_output_is_exact(
