@@ -318,15 +318,17 @@ void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, co
 #pragma omp parallel
         {
             /* Tile by tile and input by input: what a tile reads lies in the order of reading. */
+            if (block > 1) { /* else nobody waits for the others here */
 #pragma omp for schedule(static)
-            for (ptrdiff_t from = 0; from < (block == 1 ? 0 : inputs); from += 64)
-                for (ptrdiff_t t = 0; t < tiles; t++) {
-                    const ptrdiff_t first = t * block / tiles, last = (t + 1) * block / tiles;
-                    float *to = packed + first * inputs;
-                    for (ptrdiff_t r = first; r < last; r++)
-                        for (ptrdiff_t i = from; i < least(from + 64, inputs); i++)
-                            to[i * (last - first) + r - first] = x[(begun + r) * inputs + i];
-                }
+                for (ptrdiff_t from = 0; from < inputs; from += 64)
+                    for (ptrdiff_t t = 0; t < tiles; t++) {
+                        const ptrdiff_t first = t * block / tiles, last = (t + 1) * block / tiles;
+                        float *to = packed + first * inputs;
+                        for (ptrdiff_t r = first; r < last; r++)
+                            for (ptrdiff_t i = from; i < least(from + 64, inputs); i++)
+                                to[i * (last - first) + r - first] = x[(begun + r) * inputs + i];
+                    }
+            }
 #pragma omp for schedule(static)
             for (ptrdiff_t strip = 0; strip < strips; strip++) {
                 const ptrdiff_t panel = strip * together;
