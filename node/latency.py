@@ -3,7 +3,8 @@
 What to measure and what to make of it is in ``protocol/round_trips.py``; here are the connections.
 
 Rules of this file: a peer is measured by its connection's own pings; whoever is not connected is
-asked to describe itself, which opens a connection and brings news of it. A connection that was opened
+asked to describe itself, which opens a connection and brings news of it. What was measured pulls this
+node's coordinate to its place (``protocol/coordinates.py``). A connection that was opened
 for that is closed at the next turn if nothing uses it by then: what many nodes measure must not fill
 up with connections. A peer that does not answer is left alone and not blamed.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 import trio
 
 from ..protocol.announcement import Announcement
+from ..protocol.coordinates import MAX_SPRINGS, Coordinate, relaxed
 from ..protocol.dice import Dice
 from ..protocol.errors import PeerError
 from ..protocol.round_trips import RoundTrips
@@ -51,6 +53,9 @@ class LatencyWatch:
         self._heard = heard
         self._dice = dice
         self._round_trips = RoundTrips()
+        self._coordinate = Coordinate()
+        self._met: dict[str, Announcement] = {}
+        """What those said who were measured last: in a large swarm they are soon no candidates any more."""
         self._opened: set[str] = set()
         """Whom we have connected to for measuring."""
 
@@ -66,9 +71,14 @@ class LatencyWatch:
         """The peers that were measured, the nearest first."""
         return self._round_trips.known(trio.current_time()).keys()
 
-    def nearest(self, peers: Collection[str]) -> dict[str, float]:
-        """Of ``peers``, those that are worth announcing."""
-        return self._round_trips.nearest(peers, trio.current_time())
+    def nearest(self, peers: Collection[str], count: int) -> dict[str, float]:
+        """Of ``peers``, the nearest, which are worth announcing."""
+        return self._round_trips.nearest(peers, count, trio.current_time())
+
+    @property
+    def coordinate(self) -> Coordinate:
+        """Where this node is, and how sure it is of that."""
+        return self._coordinate
 
     async def run(self) -> None:
         """Measure until cancelled."""
@@ -78,10 +88,10 @@ class LatencyWatch:
 
     async def turn(self) -> bool:
         """Measure a few; whether that is enough for a while."""
-        candidates = {peer.peer_id: peer for peer in self._candidates()}
+        candidates = {peer.peer_id: peer for peer in (*self._met.values(), *self._candidates())}
         for peer_id in self._network.connected_peers():
             if peer_id in candidates:
-                self._take(peer_id)
+                self._meet(candidates[peer_id])
         for peer_id in self._opened:
             await self._network.release(peer_id)
         self._opened.clear()
@@ -90,7 +100,8 @@ class LatencyWatch:
             for peer_id in chosen:
                 nursery.start_soon(self._measure, candidates[peer_id])
         now = trio.current_time()
-        return len(self._round_trips.nearest(candidates, now)) >= FEW or (
+        self._find_place(now)
+        return len(self._round_trips.nearest(candidates, FEW, now)) == FEW or (
             bool(candidates) and not self._round_trips.wanting(candidates, now)
         )
 
@@ -101,15 +112,28 @@ class LatencyWatch:
         except PeerError as error:
             logger.debug("not measured: %s", error)
             self._round_trips.missed(peer.peer_id, trio.current_time())
+            self._met.pop(peer.peer_id, None)
             return
         if not connected:
             self._opened.add(peer.peer_id)
         if said is not None:
             self._heard(said)
-        self._take(peer.peer_id)
+        self._meet(said or peer)
 
-    def _take(self, peer_id: str) -> None:
+    def _find_place(self, now: float) -> None:
+        springs = [
+            (place, seconds)
+            for peer_id, seconds in self._round_trips.known(now).items()
+            if peer_id in self._met and (place := self._met[peer_id].coordinate) is not None
+        ]
+        self._coordinate = relaxed(self._coordinate, springs, self._dice)
+
+    def _meet(self, peer: Announcement) -> None:
         """Note what the connection's pings say, if one has come back; else the next turn does."""
-        seconds = self._network.round_trip(peer_id)
+        self._met.pop(peer.peer_id, None)
+        self._met[peer.peer_id] = peer
+        if len(self._met) > MAX_SPRINGS:
+            del self._met[next(iter(self._met))]
+        seconds = self._network.round_trip(peer.peer_id)
         if seconds is not None:
-            self._round_trips.measured(peer_id, seconds, trio.current_time())
+            self._round_trips.measured(peer.peer_id, seconds, trio.current_time())

@@ -5,6 +5,9 @@ holder merges what it is sent into what it has, and a reader merges what all the
 say. The wire protocol stays the stock one (``/ipfs/kad/1.0.0``: FIND_NODE, PUT_VALUE, GET_VALUE);
 what is ours is the value (a list of entries), what a holder does with it, and the lookups.
 
+What a holder has counted of the entries under a key (``Counting``) it says under that key with ``SUMS``
+behind it. Nobody looks that name up: it is asked of those who hold the key.
+
 Rules of this file: an entry is opaque except to ``merge``, which everything goes through, ours and
 others', when it arrives and again when it is read (so the expired go); every question to a peer has
 a deadline; a peer enters the routing table only when it is known to answer such questions, and
@@ -14,6 +17,7 @@ leaves it when it doesn't.
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgpack
 import trio
@@ -35,19 +39,29 @@ from multiaddr import Multiaddr
 from ..protocol.errors import LocalProtocolError, PeerError, RemoteProtocolError
 from .libp2p_negotiation import receive_message, send_message
 from .libp2p_yamux_stream import YamuxStream
+from .network import Counting
 
 logger = logging.getLogger(__name__)
 
-MergeEntries = Callable[[list[bytes], list[bytes], float], list[bytes]]
-"""``merge(existing, incoming, now)``: the entries to keep, in any order.
 
-Of ``incoming``, which may be anything, the forged, expired and oversized are dropped; of each
-writer the newest stays; the result fits into a record.
-"""
+class MergeEntries(Protocol):
+    """Makes one map of entries out of two."""
+
+    def __call__(
+        self, existing: list[bytes], incoming: list[bytes], now: float, *, whole: bool = False
+    ) -> list[bytes]:
+        """The entries to keep, in any order.
+
+        Of ``incoming``, which may be anything, the forged, expired and oversized are dropped; of each
+        writer the newest stays; the result fits into a record, unless ``whole`` is asked for.
+        """
+        ...
+
 
 OpenStream = Callable[[ID, TProtocol], Awaitable[YamuxStream]]
 """Opens a stream over the connection there is, or dials; raises PeerError in bounded time."""
 
+SUMS = b"/sums"
 _NAMESPACE = "petals"
 _MAX_KEY_BYTES = 50  # longer ones are never looked up: stock peers take them for no peer id
 _KNOWN_SECONDS = 7200  # how long addresses are kept that a peer told us itself
@@ -55,6 +69,7 @@ _HEARSAY_SECONDS = 3600  # and that another told us
 _MAX_RECORD_BYTES = 256 * 1024  # four times what a merged map should hold
 _MAX_ENTRIES = 1024
 _MAX_MESSAGE_BYTES = 1024 * 1024
+_MAX_REMEMBERED = 256  # keys whose holders are; a model of 80 blocks has ten
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,13 @@ class DirectoryLimits:
     holders: int = 12
     """How many of the closest peers hold a key. All of them may vanish within a minute before an
     entry is lost, since its writer writes it again every 20 s."""
+    readers: int = 3
+    """How many of them a reader asks, if there are as many as there shall be. Each holds all entries, or, of
+    very many, a sample of its own."""
+    holders_seconds: float = 600.0
+    """How long it is remembered who holds a key, if none of them fails: looking them up costs more than
+    writing to them. Only where there are as many holders as there shall be: in a smaller swarm
+    everybody who comes is one more."""
     parallel: int = 10
     """Questions in flight in one lookup."""
     question_seconds: float = 3.0
@@ -85,10 +107,16 @@ class _MergingStore(ValueStore):
     """What this node holds for others."""
 
     def __init__(
-        self, host: IHost, merge: MergeEntries, clock: Callable[[], float], limits: DirectoryLimits
+        self,
+        host: IHost,
+        merge: MergeEntries,
+        counting: Counting | None,
+        clock: Callable[[], float],
+        limits: DirectoryLimits,
     ) -> None:
         super().__init__(host, host.get_id())
-        self._merge, self._clock, self._limits = merge, clock, limits
+        self._merge, self._counting = merge, counting
+        self._clock, self._limits = clock, limits
         self._entries: dict[bytes, list[bytes]] = {}
         self._merged_at: dict[bytes, float] = {}
 
@@ -105,13 +133,23 @@ class _MergingStore(ValueStore):
         if key not in self._entries and len(self._entries) >= self._limits.stored_keys:
             raise RemoteProtocolError("no room for another key")
         self._replace(key, self._merge(self._entries.get(key, []), acceptable, now), now)
+        if self._counting is not None:
+            self._counting.count(key, acceptable, now)
 
     def get(self, key: bytes) -> Record | None:
-        """The live entries as one record, or None."""
-        entries = self.live(key)
-        if not entries:
+        """The live entries as one record, or what has been counted of them; or None."""
+        value = self._value(key)
+        if value is None:
             return None
-        return Record(key=key, value=pack_record(entries), timeReceived=format_time_rfc3339())
+        return Record(key=key, value=value, timeReceived=format_time_rfc3339())
+
+    def _value(self, key: bytes) -> bytes | None:
+        if key.endswith(SUMS):
+            if self._counting is None:
+                return None
+            return self._counting.sums(key.removesuffix(SUMS), self._clock())
+        entries = self.live(key)
+        return pack_record(entries) if entries else None
 
     def live(self, key: bytes) -> list[bytes]:
         """The entries, without those that had expired a second ago: merging verifies signatures."""
@@ -124,6 +162,8 @@ class _MergingStore(ValueStore):
         """Drop what has expired."""
         for key in list(self._entries):
             self.live(key)
+        if self._counting is not None:
+            self._counting.sweep(self._clock())
 
     def size(self) -> int:
         """How many keys there are."""
@@ -200,6 +240,7 @@ class Libp2pDirectory:
         open_stream: OpenStream,
         *,
         merge: MergeEntries,
+        counting: Counting | None,
         serve: bool,
         clock: Callable[[], float],
         limits: DirectoryLimits | None = None,
@@ -210,7 +251,10 @@ class Libp2pDirectory:
         self._clock = clock
         self._limits = limits or DirectoryLimits()
         self._serves = serve
-        self._store = _MergingStore(host, merge, clock, self._limits)
+        self._turn = 0
+        self._remembered: dict[bytes, tuple[list[ID], float]] = {}
+        """Who holds a key, and until when that is believed."""
+        self._store = _MergingStore(host, merge, counting, clock, self._limits)
         mode = DHTMode.SERVER if serve else DHTMode.CLIENT
         self._kademlia = _Kademlia(host, mode, self._store, self._limits)
         self._table = self._kademlia.routing_table
@@ -239,10 +283,11 @@ class Libp2pDirectory:
             reply = await self._ask(peer, request)
             if reply is not None and reply.key == key:
                 taken += 1
+            else:
+                self._remembered.pop(key, None)
 
         with trio.move_on_after(self._limits.lookup_seconds):
-            question = Message(type=Message.MessageType.FIND_NODE, key=key)
-            holders = await self._lookup(key, question, lambda _: None)
+            holders = await self._holders(key)
             if self._serves and self._among_closest(key, holders):
                 self._store.merge_in(key, [entry])
             async with trio.open_nursery() as nursery:
@@ -255,17 +300,62 @@ class Libp2pDirectory:
         _check_key(key)
         found: dict[bytes, None] = {}  # most holders say the same; each entry is verified once
 
-        def collect(reply: Message) -> None:
-            if reply.HasField("record") and reply.record.key == key:
-                try:
-                    found.update(dict.fromkeys(unpack_record(reply.record.value)))
-                except RemoteProtocolError as error:
-                    logger.debug("a holder sent a bad record: %s", error)
+        def collect(value: bytes) -> None:
+            try:
+                found.update(dict.fromkeys(unpack_record(value)))
+            except RemoteProtocolError as error:
+                logger.debug("a holder sent a bad record: %s", error)
 
         with trio.move_on_after(self._limits.lookup_seconds):
-            question = Message(type=Message.MessageType.GET_VALUE, key=key)
-            await self._lookup(key, question, collect)
-        return self._merge(self._store.live(key), list(found), self._clock())
+            holders = await self._holders(key)
+            # turn by turn, for each may hold others of very many
+            self._turn += self._limits.readers
+            start = self._turn % max(1, len(holders))
+            ordered = [*holders[start:], *holders[:start]]
+            all_hold = len(holders) >= self._limits.holders
+            few = self._limits.readers if all_hold else len(holders)
+            await self._read(key, key, ordered[:few], collect)
+            if not found:
+                await self._read(key, key, ordered[few:], collect)
+        return self._merge(self._store.live(key), list(found), self._clock(), whole=True)
+
+    async def sums(self, key: bytes) -> list[bytes]:
+        """What each of the other holders of ``key`` has counted there, unverified."""
+        _check_key(key)
+        found: list[bytes] = []
+        with trio.move_on_after(self._limits.lookup_seconds):
+            await self._read(key, key + SUMS, await self._holders(key), found.append)
+        return found
+
+    async def _read(
+        self, key: bytes, asked: bytes, holders: Sequence[ID], collect: Callable[[bytes], None]
+    ) -> None:
+        """Ask holders of ``key`` for the value at ``asked``."""
+        question = Message(type=Message.MessageType.GET_VALUE, key=asked)
+
+        async def ask(peer: ID) -> None:
+            reply = await self._ask(peer, question)
+            if reply is None:
+                self._remembered.pop(key, None)
+            elif reply.HasField("record") and reply.record.key == asked:
+                collect(reply.record.value)
+
+        async with trio.open_nursery() as nursery:
+            for peer in holders:
+                nursery.start_soon(ask, peer)
+
+    async def _holders(self, key: bytes) -> list[ID]:
+        """The closest other peers to a key, the closest first, as they were found out lately."""
+        holders, until = self._remembered.get(key, ([], 0.0))
+        if trio.current_time() >= until:
+            holders = await self._lookup(key)
+            self._remembered.pop(key, None)
+            if len(holders) >= self._limits.holders:
+                until = trio.current_time() + self._limits.holders_seconds
+                self._remembered[key] = holders, until
+                if len(self._remembered) > _MAX_REMEMBERED:
+                    del self._remembered[next(iter(self._remembered))]
+        return holders
 
     async def met(self, peer_id: ID) -> None:
         """A peer is connected and identified: if it answers questions, remember it.
@@ -292,8 +382,7 @@ class Libp2pDirectory:
         """Look ourselves up, which fills the routing table with our neighbours."""
         name = self._host.get_id().to_bytes()
         with trio.move_on_after(self._limits.lookup_seconds):
-            question = Message(type=Message.MessageType.FIND_NODE, key=name)
-            await self._lookup(name, question, lambda _: None)
+            await self._lookup(name)
 
     @property
     def stored_keys(self) -> int:
@@ -309,10 +398,9 @@ class Libp2pDirectory:
         ranked = sort_peer_ids_by_distance(name, [*holders, self._host.get_id()])
         return self._host.get_id() in ranked[: self._limits.holders]
 
-    async def _lookup(
-        self, name: bytes, question: Message, collect: Callable[[Message], None]
-    ) -> list[ID]:
+    async def _lookup(self, name: bytes) -> list[ID]:
         """Ask ever closer peers until the closest ones have all answered; return those."""
+        question = Message(type=Message.MessageType.FIND_NODE, key=name)
         known = set(self._table.find_local_closest_peers(name, self._limits.holders * 2))
         answered: set[ID] = set()
         asked: set[ID] = set()
@@ -324,7 +412,6 @@ class Libp2pDirectory:
                 known.discard(peer)
                 return
             answered.add(peer)
-            collect(reply)
             known.update(self._introduced(reply) - asked)
             await self._table.add_peer(peer, skip_server_mode_check=True)
 

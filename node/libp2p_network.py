@@ -49,7 +49,7 @@ from .libp2p_swarm import DialError, GuardedSwarm, HostLimits, is_relayed, key_p
 from .libp2p_yamux import Traffic, yamux_of, yamux_stream_of
 from .libp2p_yamux_stream import YamuxStream
 from .mdns import LanPeers
-from .network import NetworkStatistics, Stream, StreamHandler
+from .network import Counting, NetworkStatistics, Stream, StreamHandler
 from .private import Privacy
 from .reachability import Reachability
 from .upnp.forwarding import ForwardingLimits
@@ -138,6 +138,7 @@ class Libp2pNetwork:
         announce: Sequence[Multiaddr],
         bootstrap: Sequence[str],
         merge: MergeEntries,
+        counting: Counting | None,
         serve: bool,
         reachability: str,
         upnp: bool,
@@ -166,6 +167,7 @@ class Libp2pNetwork:
             self._host,
             self._open_for_directory,
             merge=merge,
+            counting=counting,
             serve=serve and reachability != "private",
             clock=clock,
             limits=limits.directory,
@@ -353,6 +355,10 @@ class Libp2pNetwork:
         """All valid entries under ``key``."""
         return await self._directory.get(key)
 
+    async def sums(self, key: bytes) -> list[bytes]:
+        """What each of the other holders of ``key`` has counted there."""
+        return await self._directory.sums(key)
+
     def statistics(self) -> NetworkStatistics:
         """A snapshot."""
         connections = self._swarm.alive()
@@ -464,6 +470,7 @@ async def open_network(
     identity: Identity,
     *,
     merge: MergeEntries,
+    counting: Counting | None = None,
     clock: Callable[[], float],
     listen: Sequence[str] = (),
     announce: Sequence[str] = (),
@@ -481,8 +488,8 @@ async def open_network(
     that others are told (for a forwarded port, say). ``reachability``: whether others can dial us,
     ``public`` or ``private``, or ``auto`` to find out. ``upnp``: ask the router to forward our port, if
     we are to find out and announce nothing else. ``privacy``: who may take part. ``mdns``: look for
-    peers on this network, too. Raises ConfigError for an address that cannot
-    be right or cannot be bound, PeerError if ``bootstrap`` names others and none can be reached.
+    peers on this network, too. Raises ConfigError for an address that cannot be right or cannot be
+    bound, PeerError if ``bootstrap`` names others and none can be reached.
     """
     listen_addresses = [parse_listen_multiaddr(text) for text in listen]
     announced = [parse_multiaddr(text, "announce") for text in announce]
@@ -496,6 +503,7 @@ async def open_network(
             announce=announced,
             bootstrap=bootstrap,
             merge=merge,
+            counting=counting,
             serve=bool(listen),
             reachability=reachability,
             upnp=upnp,

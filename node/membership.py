@@ -25,6 +25,7 @@ from ..protocol.dice import Dice
 from ..protocol.errors import PeerError, PetalsError, RemoteProtocolError
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm, model_mismatch
+from ..protocol.tally import Totals, agreed
 from ..protocol.upkeep import Upkeep, upkeep
 from .network import Directory
 
@@ -138,6 +139,8 @@ class Membership:
         listed = self._dice.random() * self._size() < INDEX_WRITERS
         # the regions of the last announcement, too: nobody shall look for this node where it was
         keys = {*region_keys(announcement.model, announcement.span)}
+        if announcement.moving_to is not None:  # where it counts already
+            keys |= {*region_keys(announcement.model, announcement.moving_to)}
         elsewhere = self._regions - keys
         self._own, self._regions = announcement, frozenset(keys)
         if listed:
@@ -196,6 +199,24 @@ class Membership:
         entries = await self._get(SWARM_KEY if model_name is None else model_key(model_name))
         found = [peer for peer in self._decoded(entries) if peer.state is not PeerState.OFFLINE]
         return [peer for peer in found if model_name in (None, peer.model_name)]
+
+    async def totals(self, fingerprint: str, num_blocks: int) -> Totals | None:
+        """What each block has, as the holders of its announcements count it; None: nobody says."""
+        keys = region_keys(fingerprint, Span(0, num_blocks))
+        answers: dict[bytes, list[bytes]] = {key: [] for key in keys}
+
+        async def ask(key: bytes) -> None:
+            try:
+                answers[key] = await self._within_limits(
+                    lambda: self._directory.sums(key), self._limiter
+                )
+            except PetalsError as error:
+                log.debug("asking for the sums of %s failed: %s", key.decode(), error)
+
+        async with trio.open_nursery() as nursery:
+            for key in keys:
+                nursery.start_soon(ask, key)
+        return agreed([answers[key] for key in keys], num_blocks)
 
     async def check_model(self, model_name: str, fingerprint: str) -> None:
         """Raise ModelMismatch if peers serve a model of that name, but none serves this very one.

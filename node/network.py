@@ -116,6 +116,22 @@ class Network(Protocol):
         ...
 
 
+class Counting(Protocol):
+    """What a holder keeps beside the entries, which are bounded; see ``protocol/tally.py``."""
+
+    def count(self, key: bytes, entries: Sequence[bytes], now: float) -> None:
+        """These valid entries were written at a key."""
+        ...
+
+    def sums(self, key: bytes, now: float) -> bytes | None:
+        """What has been counted at a key; None: nothing."""
+        ...
+
+    def sweep(self, now: float) -> None:
+        """Forget what has expired."""
+        ...
+
+
 class Directory(Protocol):
     """The Kademlia DHT, as far as announcements need it: keys with maps of entries by peer id.
 
@@ -132,4 +148,11 @@ class Directory(Protocol):
 
     async def get(self, key: bytes) -> list[bytes]:
         """All valid entries under ``key``, merged over the closest holders (newest per peer)."""
+        ...
+
+    async def sums(self, key: bytes) -> list[bytes]:
+        """What each of the other closest holders has counted of the entries under ``key``, unverified.
+
+        More than the bounded map shows: of all that were ever written and still hold.
+        """
         ...

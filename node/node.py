@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from secrets import token_bytes
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,13 +24,22 @@ from .. import __version__
 from ..inference.sampling_params import SamplingParams
 from ..inference.torch_thread import TorchThread
 from ..protocol.announcement import Announcement, PeerState, as_multiaddrs, merge_entries
+from ..protocol.coordinates import Coordinate
 from ..protocol.errors import ConfigError, PeerError, PetalsError
 from ..protocol.expected import Expected
 from ..protocol.frames import DESCRIBE_PROTOCOL, PROTOCOL_VERSION, SESSION_PROTOCOL, Hello
-from ..protocol.placement import Move, choose_span, placed, should_move
+from ..protocol.placement import (
+    Move,
+    choose_span,
+    choose_span_by,
+    placed,
+    should_level,
+    should_move,
+)
 from ..protocol.round_trips import ends, successors
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
+from ..protocol.tally import Tallies, Totals
 from ..protocol.tensor import DType
 from ..protocol.upkeep import SHORTEST_LOOK, sampled
 from . import describe, saved_session
@@ -367,6 +377,7 @@ class Node:
                     fingerprint=checkpoint.fingerprint,
                     num_blocks=checkpoint.num_blocks,
                     round_trips=self._round_trips,
+                    coordinate=self._coordinate,
                     ask=self.describe,
                     ourselves=self._ourselves,
                     clock=wall_clock,
@@ -402,12 +413,17 @@ class Node:
             useful |= ends(checkpoint.num_blocks, peers)
         return [peer for peer in peers if peer.peer_id in useful]
 
+    def _coordinate(self) -> Coordinate:
+        assert self._latency is not None, "made as soon as there is a network"
+        return self._latency.coordinate
+
     def _successor_round_trips(self, span: Span) -> dict[str, float]:
         if self._latency is None:
             return {}
         now = wall_clock()
         measured = (self._swarm.get(peer_id, now) for peer_id in self._latency.measured())
-        return self._latency.nearest(successors(span, filter(None, measured)))
+        count = self._running_membership().upkeep.round_trips
+        return self._latency.nearest(successors(span, filter(None, measured)), count)
 
     # --- looking at the swarm -----------------------------------------------------------------
 
@@ -459,7 +475,8 @@ class Node:
         self._swarm = Swarm(identity.peer_id)
         async with open_network(
             identity,
-            merge=lambda old, new, now: merge_entries(old, new, now, self._dice),
+            merge=partial(merge_entries, salt=token_bytes(16)),
+            counting=Tallies(),
             clock=wall_clock,
             listen=config.listen if config.serve else (),
             announce=config.announce,
@@ -529,11 +546,10 @@ class Node:
         network.handle(SESSION_PROTOCOL, partial(self._serve_session, server))
         await membership.announce()
         if capacity.span is None and capacity.num_blocks < checkpoint.num_blocks:
-            model = checkpoint.fingerprint, checkpoint.num_blocks
             rebalance = Rebalance(
                 interval=self._look_interval,
                 look=partial(self._better_place, checkpoint, capacity.num_blocks),
-                refresh=partial(membership.refresh, *model),
+                refresh=partial(self._know_anew, checkpoint),
                 move=server.move,
                 dice=self._dice,
             )
@@ -542,32 +558,39 @@ class Node:
     async def _choose_span(self, checkpoint: "Checkpoint", num_blocks: int) -> Span:
         with contextlib.suppress(PeerError):  # nobody there: everything is equally weak
             await self._running_membership().refresh(checkpoint.fingerprint, checkpoint.num_blocks)
-        others = await self._others(checkpoint)
-        return choose_span(others, checkpoint.num_blocks, num_blocks, self._dice)
-
-    async def _others(self, checkpoint: "Checkpoint") -> list[Announcement]:
-        """By whom a choice of blocks is made; of a large swarm a fair sample."""
         known = self._swarm.peers(wall_clock(), checkpoint.fingerprint)
         if sampled(known, checkpoint.num_blocks):
-            with contextlib.suppress(PeerError):
-                listed = await self._running_membership().find(self.model_name)
-                ours = checkpoint.fingerprint, self.peer_id
-                return [
-                    peer for peer in listed if peer.model == ours[0] and peer.peer_id != ours[1]
-                ]
-        return known
+            totals = await self._totals(checkpoint)
+            if totals is not None:
+                return choose_span_by(totals.serving, totals.loading, num_blocks, self._dice)
+        return choose_span(known, checkpoint.num_blocks, num_blocks, self._dice)
+
+    async def _totals(self, checkpoint: "Checkpoint") -> Totals | None:
+        """What each block of a swarm has that is too large to be known node by node."""
+        model = checkpoint.fingerprint, checkpoint.num_blocks
+        return await self._running_membership().totals(*model)
 
     def _look_interval(self) -> float:
         wanted = self._running_membership().upkeep.look_interval
         return LOOK_INTERVAL if wanted <= SHORTEST_LOOK else wanted
+
+    async def _know_anew(self, checkpoint: "Checkpoint") -> None:
+        known = self._swarm.peers(wall_clock(), checkpoint.fingerprint)
+        if not sampled(known, checkpoint.num_blocks):  # else every look asks for the totals
+            model = checkpoint.fingerprint, checkpoint.num_blocks
+            await self._running_membership().refresh(*model)
 
     async def _better_place(self, checkpoint: "Checkpoint", capacity: int) -> Move | None:
         own = self._ourselves()
         if own is None:
             return None
         total = checkpoint.num_blocks
-        others = placed(await self._others(checkpoint), total)
         (ours,) = placed([own], total)
+        known = self._swarm.peers(wall_clock(), checkpoint.fingerprint)
+        if sampled(known, total):
+            totals = await self._totals(checkpoint)
+            return None if totals is None else should_level(ours, totals.throughput, capacity)
+        others = placed(known, total)
         # a plan for a dozen nodes takes a quarter of a second when it is made for the first time
         return await trio.to_thread.run_sync(should_move, ours, others, total, capacity)
 
@@ -641,6 +664,7 @@ class Node:
             expires_at=expires_at,
             public_name=self.config.public_name,
             round_trips=self._successor_round_trips(self.span),
+            coordinate=self._coordinate(),
         )
 
     async def _answer_describe(self, stream: Stream) -> None:

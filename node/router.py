@@ -13,6 +13,7 @@ import trio
 
 from ..protocol.announcement import Announcement
 from ..protocol.choice import Choice
+from ..protocol.coordinates import Coordinate
 from ..protocol.dice import Dice
 from ..protocol.errors import NoRoute, PeerError
 from ..protocol.expected import EXPECTED_BLOCKS
@@ -43,6 +44,7 @@ class SwarmRouter:
         fingerprint: str,
         num_blocks: int,
         round_trips: Callable[[], dict[str, float]],
+        coordinate: Callable[[], Coordinate],
         ask: Ask,
         ourselves: Callable[[], Announcement | None],
         clock: Callable[[], float],
@@ -54,6 +56,7 @@ class SwarmRouter:
         self._fingerprint = fingerprint
         self._num_blocks = num_blocks
         self._round_trips = round_trips
+        self._coordinate = coordinate
         self._ask = ask
         self._ourselves = ourselves
         self._clock = clock
@@ -108,10 +111,12 @@ class SwarmRouter:
         source: str | None,
         sink: str | None,
     ) -> Route:
+        latency = LatencyEstimates.of(candidates, self._round_trips(), self._coordinate())
         return plan_route(
             candidates,
             span,
-            latency=LatencyEstimates.of(candidates, self._round_trips()),
+            latency=latency,
+            roughly=latency.roughly,
             dice=self._dice,
             exclude=exclude,
             failures=self._swarm.failures,

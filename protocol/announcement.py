@@ -1,8 +1,8 @@
 """What a node tells the swarm about itself, as signed bytes, and how records of them merge.
 
 An *announcement* is one node's signed, sequenced, expiring statement. Signed, it is an *entry*: the
-msgpack array ``[body, signature]``, where the body is a msgpack map of the fields below. The
-signature is Ed25519's over the body's bytes by the key that the peer id spells out, so an entry
+msgpack array ``[body, signature]``, where the body is a msgpack map of the fields below, as
+``announcement_body.py`` shortens them. The signature is Ed25519's over the body's bytes by the key that the peer id spells out, so an entry
 proves itself wherever it was found. A *record* is what the DHT keeps under one key: a msgpack array
 of entries, at most one for each peer, which every holder merges and nobody overwrites.
 
@@ -14,32 +14,35 @@ Rules of this file:
 * Fields that a newer version added are kept, and stay covered by the signature.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from hashlib import blake2b, sha256
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import base58
 import msgpack
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from . import checks
+from . import checks, coordinates
+from .announcement_body import plain, public_key, restored, shortened
 from .checks import MAX_ADDRESS, MAX_ADDRESSES, MAX_BLOCKS, BadValueError, Check
-from .dice import Dice
+from .coordinates import Coordinate
 from .errors import LocalProtocolError, RemoteProtocolError
 from .span import Span
 
 MAX_ENTRY_BYTES = 4096
 """One entry with every field at its limit fits, with a little room for newer versions' fields."""
 MAX_RECORD_BYTES = 64 * 1024
-"""About 130 ordinary entries: enough good candidates for a lookup, and cheap to merge and send."""
+"""Some two hundred ordinary entries: enough good candidates for a lookup, and cheap to merge and send."""
 MAX_RECORD_ENTRIES = 256
+SAMPLE_SECONDS = 600.0
+"""After which a holder that cannot keep all keeps others: their next announcements are at most a minute
+away."""
 REGION_BLOCKS = 8
 """Consecutive blocks under one DHT key, so that no record has to hold all nodes of a large model
 and no node has to write one key for every block."""
@@ -52,7 +55,7 @@ MAX_MODEL_NAME = 96
 MAX_DEPTH = 8
 """Of fields that newer versions may have added; deeper ones serve to exhaust somebody's stack."""
 MAX_ROUND_TRIPS = 16
-"""A node's nearest few successors: routing needs no more, and 10,000 nodes must stay small."""
+"""A node's nearest few successors. In a large swarm coordinates have to do (``upkeep.py``)."""
 MAX_ROUND_TRIP = 60.0
 """Seconds."""
 
@@ -61,14 +64,12 @@ SWARM_KEY = b"/petals/swarm"
 
 _SIGNED_AS = b"petals announcement 1\n"
 """Goes before the body when signing, so that no other protocol's signature can pass for one."""
-_ED25519_PEER_ID = bytes.fromhex("002408011220")
-"""An identity multihash of 36 bytes: the protobuf of a public key, type Ed25519, 32 bytes."""
 _MAX_PEER_ID = 64
 _ADDRESS = re.compile(rf"/[!-~]{{1,{MAX_ADDRESS - 1}}}")
 _ENTRY_PREFIX = 3
 _ROOM = MAX_RECORD_BYTES - _ENTRY_PREFIX
 """What the entries of a record may take: msgpack puts 3 bytes before each, and before the array."""
-_MAX_SPEED = 1e12
+MAX_SPEED = 1e12
 
 
 class PeerState(StrEnum):
@@ -83,25 +84,9 @@ class PeerState(StrEnum):
     """Has left: said by the node itself, so that nobody has to wait for the expiry."""
 
 
-def _public_key(peer_id: str) -> bytes:
-    """The Ed25519 key that ``peer_id`` spells out."""
-    try:
-        decoded = base58.b58decode(peer_id) if len(peer_id) <= _MAX_PEER_ID else b""
-    except ValueError:
-        decoded = b""
-    # base58 skips blanks at the end: one peer must not have several spellings
-    if (
-        len(decoded) != len(_ED25519_PEER_ID) + 32
-        or not decoded.startswith(_ED25519_PEER_ID)
-        or base58.b58encode(decoded).decode() != peer_id
-    ):
-        raise BadValueError("the peer id of an Ed25519 key, such as 12D3KooW…")
-    return decoded[len(_ED25519_PEER_ID) :]
-
-
 def _peer_id(value: Any) -> str:
     peer_id: str = checks.text(_MAX_PEER_ID)(value)
-    _public_key(peer_id)
+    public_key(peer_id)
     return peer_id
 
 
@@ -190,13 +175,23 @@ class Announcement:
     """Bytes per second that it can send; None: not measured."""
     round_trips: Mapping[str, float] = field(default_factory=dict)
     """Seconds to the peers that it would send to, by peer id."""
+    coordinate: Coordinate | None = None
+    """Where it is in the space of round trips, if it knows."""
     unknown: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Fields of newer versions, as they came."""
 
     @property
+    def serves_all(self) -> bool:
+        """Whether it serves already what it has chosen to serve."""
+        return self.state is PeerState.ONLINE and self.moving_to is None
+
+    @property
     def relayed(self) -> bool:
         """Whether it can be reached through relays only: all its addresses lead through one."""
-        return bool(self.multiaddrs) and all("/p2p-circuit" in each for each in self.multiaddrs)
+        for address in self.multiaddrs:
+            if "/p2p-circuit" not in address:
+                return False
+        return bool(self.multiaddrs)
 
     CHECKS: ClassVar[Mapping[str, Check]] = {
         "peer_id": _peer_id,
@@ -212,8 +207,8 @@ class Announcement:
         "span": checks.optional(checks.span),
         "state": _state,
         "dtype": _matching("[a-z0-9_.+-]{1,24}", "the name of an element type"),
-        "decode_speed": checks.number(0, _MAX_SPEED),
-        "prefill_speed": checks.number(0, _MAX_SPEED),
+        "decode_speed": checks.number(0, MAX_SPEED),
+        "prefill_speed": checks.number(0, MAX_SPEED),
         "cache_tokens_left": checks.counter,
         "sessions": checks.integer(0, 1 << 20),
         "version": _matching("[!-~]{1,24}", "a version of at most 24 ASCII characters"),
@@ -222,18 +217,10 @@ class Announcement:
         "moving_to": checks.optional(checks.span),
         "session_blocks": checks.counter,
         "public_name": checks.optional(_public_name),
-        "network_speed": checks.optional(checks.number(0, _MAX_SPEED)),
+        "network_speed": checks.optional(checks.number(0, MAX_SPEED)),
         "round_trips": _round_trips,
+        "coordinate": checks.optional(coordinates.checked),
     }
-
-
-def _plain(value: Any) -> Any:
-    """A field's value in msgpack's own types."""
-    if isinstance(value, Span):
-        return [value.start, value.end]
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,12 +243,12 @@ def encode_signed(announcement: Announcement, sign: Callable[[bytes], bytes]) ->
 
     Raises LocalProtocolError when a field is out of bounds.
     """
-    body = {name: _plain(getattr(announcement, name)) for name in Announcement.CHECKS}
+    fields = {name: plain(getattr(announcement, name)) for name in Announcement.CHECKS}
     try:
-        _checked(body)
+        _checked(fields)
     except BadValueError as bad:
         raise LocalProtocolError(str(bad)) from None
-    packed: bytes = msgpack.packb({**announcement.unknown, **body})
+    packed: bytes = msgpack.packb({**announcement.unknown, **shortened(fields)})
     entry: bytes = msgpack.packb([packed, sign(_SIGNED_AS + packed)])
     if len(entry) > MAX_ENTRY_BYTES:
         raise LocalProtocolError(f"an announcement of {len(entry)} bytes is over {MAX_ENTRY_BYTES}")
@@ -298,10 +285,10 @@ def _parse(entry: bytes) -> Announcement:
             raise RemoteProtocolError("an announcement must be [body, signature]")
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise RemoteProtocolError("an announcement's body must be a map of fields by name")
-    unknown = {name: value for name, value in fields.items() if name not in Announcement.CHECKS}
+    values, unknown = restored(fields)
     try:
-        announcement = Announcement(**_checked(fields), unknown=MappingProxyType(unknown))
-        Ed25519PublicKey.from_public_bytes(_public_key(announcement.peer_id)).verify(
+        announcement = Announcement(**_checked(values), unknown=MappingProxyType(unknown))
+        Ed25519PublicKey.from_public_bytes(public_key(announcement.peer_id)).verify(
             signature, _SIGNED_AS + body
         )
     except BadValueError as bad:
@@ -329,7 +316,7 @@ def decode_signed(data: bytes, now: float) -> Announcement:
 
 
 def _digest(kind: bytes, name: str) -> bytes:
-    return hashlib.sha256(kind + b"\0" + name.encode()).hexdigest()[:32].encode()
+    return sha256(kind + b"\0" + name.encode()).hexdigest()[:32].encode()
 
 
 def region_keys(fingerprint: str, span: Span) -> list[bytes]:
@@ -348,12 +335,16 @@ def merge_entries(
     existing: Iterable[bytes],
     incoming: Iterable[bytes],
     now: float,
-    dice: Dice,
+    *,
+    salt: bytes,
+    whole: bool = False,
 ) -> list[bytes]:
     """The entries of both, each peer's newest only, ordered by peer id.
 
-    Entries that are invalid at ``now`` are left out. When a record could not hold all, a fair
-    random sample stays: each entry has the same chance.
+    Entries that are invalid at ``now`` are left out. When a record could not hold all, a fair sample
+    stays: another one at each holder, which has a ``salt`` of its own, so that a reader of a few holders
+    comes to know several times what one record holds; and another one after some minutes, so that
+    everybody has a turn. ``whole``: all stay, for a reader.
     """
     newest: dict[str, tuple[int, bytes]] = {}
     for entries in (existing, incoming):
@@ -368,8 +359,9 @@ def merge_entries(
             newest[made.peer_id] = max(known, (made.sequence, data))
     kept = sorted(newest)
     sizes = {peer_id: _ENTRY_PREFIX + len(data) for peer_id, (_, data) in newest.items()}
-    if len(kept) > MAX_RECORD_ENTRIES or sum(sizes.values()) > _ROOM:
-        drawn = [peer_id for _, peer_id in sorted((dice.random(), peer_id) for peer_id in kept)]
+    if not whole and (len(kept) > MAX_RECORD_ENTRIES or sum(sizes.values()) > _ROOM):
+        turn = b"%s %d" % (salt, now // SAMPLE_SECONDS)
+        drawn = sorted(kept, key=lambda peer_id: blake2b(peer_id.encode(), key=turn).digest())
         filled = accumulate(sizes[peer_id] for peer_id in drawn)
         fitting = sum(1 for size in filled if size <= _ROOM)
         kept = sorted(drawn[: min(fitting, MAX_RECORD_ENTRIES)])

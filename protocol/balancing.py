@@ -37,6 +37,8 @@ SEQUENCES = 1500
 twenty-four."""
 MANY_PAYS = 1.08
 """``PAYS`` where moves are planned singly: there the aim is an even spread, which nobody reaches."""
+EXACT_PAYS = 1.04
+"""``PAYS`` where the sums of thousands are known: there those who join have evened out nearly all."""
 STEP_PAYS = 1.02
 """By how much the blocks left must stay ahead of what the blocks helped had."""
 
@@ -45,11 +47,31 @@ def has_nothing_to_give(own: Placed, others: Sequence[Placed], num_blocks: int) 
     """Whether it is plain at a glance that a node of a large swarm stays where it is."""
     if len(others) < FEW_NODES:
         return False
-    sums = throughput_units(chain(others, [own]), num_blocks)
+    return _stays(own, throughput_units(chain(others, [own]), num_blocks), MANY_PAYS)
+
+
+def levelling_move(own: Placed, sums: Sequence[int], length: int) -> Span | None:
+    """Where a node of a very large swarm helps more, if anywhere, by the sums of all blocks alone.
+
+    ``sums`` count this node, too. Each decides for itself: of ten thousand, only a few look within the
+    seconds that it takes until the others know.
+    """
+    if _left(own, sums) <= 0 or _stays(own, sums, EXACT_PAYS):
+        return None
+    start = weakest_start(sums, length)
+    target = Span(start, start + length)
+    return None if target == own.span else target
+
+
+def _left(own: Placed, sums: Sequence[int]) -> int:
+    """What the weakest of its blocks has without a node."""
+    return min(sums[own.span.start : own.span.end]) - own.share
+
+
+def _stays(own: Placed, sums: Sequence[int], pays: float) -> bool:
     least = min(sums)
-    here = min(sums[own.span.start : own.span.end]) - own.share
-    balanced = least * MANY_PAYS * num_blocks >= sum(sums)
-    return least > 0 and (balanced or here <= least * STEP_PAYS)
+    balanced = least * pays * len(sums) >= sum(sums)
+    return least > 0 and (balanced or _left(own, sums) <= least * STEP_PAYS)
 
 
 def balancing_step(layout: Layout) -> Step | None:

@@ -9,13 +9,16 @@ A running node asks now and then whether it should move. All nodes make the same
 view, and a node moves when it is its turn in it: at once to blocks that nobody serves
 (``covering``), else when the weakest block is weaker than it need be (``balancing``). Where views
 differ, two may move for one reason; so a node waits a random while and asks again before it moves.
+
+In a swarm of thousands nobody knows all the others, but the throughput of each block is known exactly
+(``tally.py``). That is all that joining needs, and a node that would move then decides by it alone.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .announcement import Announcement, PeerState
-from .balancing import balancing_step, has_nothing_to_give
+from .balancing import balancing_step, has_nothing_to_give, levelling_move
 from .covering import covering_plan, ready
 from .dice import Dice, pick
 from .layout import Layout, Placed, throughput_units
@@ -23,7 +26,24 @@ from .packing import units
 from .routing import NOMINAL_SPEED
 from .span import Span
 
-__all__ = ["Move", "Placed", "block_throughput", "choose_span", "placed", "should_move"]
+__all__ = [
+    "Move",
+    "Placed",
+    "block_throughput",
+    "choose_span",
+    "choose_span_by",
+    "placed",
+    "should_level",
+    "should_move",
+    "weakest_span",
+]
+
+
+QUICK_SHARE = 10
+"""A node that holds less than such a part of a model has loaded it sooner than most."""
+QUICK_WEIGHT = 0.7
+"""What a quick node counts of what others are still loading. Those that have just gone are missed until
+somebody has loaded what they served, for minutes; so the quick ones go where blocks are weak now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +98,13 @@ def should_move(
     return None
 
 
+def should_level(own: Placed, throughput: Sequence[float], capacity_blocks: int) -> Move | None:
+    """Where this node of a very large swarm should go, by the throughput of each block."""
+    sums = [units(value) for value in throughput]
+    target = levelling_move(own, sums, min(capacity_blocks, len(sums)))
+    return None if target is None else Move(target, urgent=min(sums) == 0)
+
+
 def block_throughput(announcements: Iterable[Announcement], num_blocks: int) -> list[float]:
     """Tokens per second that the swarm can put through each block."""
     sums = throughput_units(placed(announcements, num_blocks), num_blocks)
@@ -87,17 +114,35 @@ def block_throughput(announcements: Iterable[Announcement], num_blocks: int) -> 
 def choose_span(
     announcements: Iterable[Announcement], num_blocks: int, capacity_blocks: int, dice: Dice
 ) -> Span:
-    """The weakest run of as many blocks as a node can hold, of a model with ``num_blocks``.
+    """The weakest run of as many blocks as a node can hold, of a model with ``num_blocks``."""
+    known = list(announcements)
+    serving = block_throughput((peer for peer in known if peer.serves_all), num_blocks)
+    loading = block_throughput((peer for peer in known if not peer.serves_all), num_blocks)
+    return choose_span_by(serving, loading, capacity_blocks, dice)
+
+
+def choose_span_by(
+    serving: Sequence[float], loading: Sequence[float], capacity_blocks: int, dice: Dice
+) -> Span:
+    """The same by the throughput of each block: what there is, and what others are loading."""
+    quick = capacity_blocks * QUICK_SHARE <= len(serving)
+    weight = QUICK_WEIGHT if quick else 1.0
+    throughput = [now + weight * soon for now, soon in zip(serving, loading, strict=True)]
+    return weakest_span(throughput, capacity_blocks, dice)
+
+
+def weakest_span(throughput: Sequence[float], capacity_blocks: int, dice: Dice) -> Span:
+    """The run of as many blocks as a node can hold that is weakest, weakest block first.
 
     Where a long stretch is equally weak, the choice falls on one of the runs that divide it
     without leaving gaps too small for the next node; which one is drawn, so that nodes that join
     at the same moment seldom choose the same.
     """
+    num_blocks = len(throughput)
     if capacity_blocks < 1:
         raise ValueError(f"a node must hold at least 1 block, not {capacity_blocks}")
     if capacity_blocks >= num_blocks:
         return Span(0, num_blocks)
-    throughput = block_throughput(announcements, num_blocks)
     weakness = [
         sorted(throughput[start : start + capacity_blocks])
         for start in range(num_blocks - capacity_blocks + 1)

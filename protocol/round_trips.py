@@ -11,7 +11,7 @@ Rules of this file:
 * Half of each turn is for the nearest that have grown old, the other for those never measured, drawn
   at random: in a swarm of any size a node comes to know its nearest few, at a fixed cost.
 * Whoever could not be measured is left alone for ``RETRY``.
-* The nearest ``MAX_ROUND_TRIPS`` are announced.
+* The nearest few are announced; in a swarm of thousands coordinates do without them.
 
 Time and dice are arguments.
 """
@@ -92,10 +92,10 @@ class RoundTrips:
         nearest = sorted(self._figures.items(), key=lambda item: item[1].seconds)
         return {peer_id: figure.seconds for peer_id, figure in nearest}
 
-    def nearest(self, peers: Collection[str], now: float) -> dict[str, float]:
-        """Of ``peers``, those that are worth announcing."""
+    def nearest(self, peers: Collection[str], count: int, now: float) -> dict[str, float]:
+        """Of ``peers``, the nearest that were measured, at most ``count``."""
         among = [item for item in self.known(now).items() if item[0] in peers]
-        return dict(among[:MAX_ROUND_TRIPS])
+        return dict(among[:count])
 
     def wanting(self, peers: Collection[str], now: float) -> list[str]:
         """Of ``peers``, those of which there is no fresh figure, as far as they can be asked."""
@@ -108,7 +108,7 @@ class RoundTrips:
 
     def turn(self, peers: Collection[str], count: int, now: float, dice: Dice) -> list[str]:
         """Whom of ``peers`` to measure now, at most ``count`` of them."""
-        near = self.nearest(peers, now)
+        near = self.nearest(peers, MAX_ROUND_TRIPS, now)
         drawn = sorted(self.wanting(peers, now), key=lambda _: dice.random())
         old = [peer_id for peer_id in drawn if peer_id in near]
         others = [peer_id for peer_id in drawn if peer_id not in near]

@@ -16,9 +16,11 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from itertools import chain, groupby
 
 from .announcement import Announcement
+from .coordinates import Coordinate
 from .dice import Dice
 from .errors import NoRoute
 from .shortest_path import Costs, shortest_path
@@ -26,8 +28,14 @@ from .span import Span, gaps
 from .watch import Pace
 
 MAX_CANDIDATES = 16
+MAX_LOOKED_AT = 400
+"""Peers, and some, that are looked at closely. More than this are known in large swarms only."""
+OTHERS_LOOKED_AT = 0.0625
+"""Of those that are no good at a glance: there may be blocks that nobody else serves, and many originators."""
 DEFAULT_LATENCY = 0.05
 """Seconds one way between two peers of whom nothing is known: the middle of the Internet's."""
+SURE = 0.4
+"""The relative error that a peer may see in its coordinate for it to be of use."""
 RELAY_SECONDS = 0.05
 """What each way over a relay costs on top: as much as another hop across the Internet. A measured
 round trip has the detour in it, but neither the relay's bandwidth, which others share, nor that one
@@ -48,6 +56,7 @@ THROUGHPUT_LATENCY = 0.05
 """The weight of latency when throughput is wanted: many rows are under way at once, so it is paid
 once for many, and still decides between peers of equal speed."""
 
+_NOTHING: Mapping[str, float] = {}
 _Candidate = tuple[Announcement, int, int]
 """A peer, and the first and the end of the blocks that it could run."""
 Latency = Callable[[str | None, str | None], float]
@@ -89,9 +98,9 @@ class Route:
 class LatencyEstimates:
     """One-way latencies from round trips that we measured and that peers announced.
 
-    Call it with two peer ids (None: the originator). What neither end has measured is taken to be
-    ``DEFAULT_LATENCY``, or follows from our own distances to both; a peer is at no distance from
-    itself.
+    Call it with two peer ids (None: the originator). What neither end has measured follows from where
+    both say that they are, or else from our own distances to both, or is taken to be
+    ``DEFAULT_LATENCY``; a peer is at no distance from itself.
     """
 
     measured: Mapping[str, float] = field(default_factory=dict)
@@ -100,50 +109,71 @@ class LatencyEstimates:
     """For each peer, the round trips from it, in seconds, by peer id."""
     relayed: frozenset[str] = frozenset()
     """Peers that can be reached through relays only."""
+    coordinates: Mapping[str | None, Coordinate] = field(default_factory=dict)
+    """Of those that are sure enough of theirs, by peer id; None: ours."""
 
     @classmethod
     def of(
-        cls, candidates: Iterable[Announcement], measured: Mapping[str, float] | None = None
+        cls,
+        candidates: Iterable[Announcement],
+        measured: Mapping[str, float] | None = None,
+        own: Coordinate | None = None,
     ) -> "LatencyEstimates":
-        """Estimates from the round trips in announcements and from our own."""
-        known = list(candidates)
-        return cls(
-            measured or {},
-            {peer.peer_id: peer.round_trips for peer in known},
-            frozenset(peer.peer_id for peer in known if peer.relayed),
-        )
+        """Estimates from what announcements say of round trips and places, and from our own."""
+        announced: dict[str, Mapping[str, float]] = {}
+        relayed: list[str] = []
+        places: dict[str | None, Coordinate] = {}
+        if own is not None and own.error <= SURE:
+            places[None] = own
+        for peer in candidates:  # in one go: there may be thousands
+            place = peer.coordinate
+            if place is not None and place.error <= SURE:
+                places[peer.peer_id] = place
+            if peer.round_trips:
+                announced[peer.peer_id] = peer.round_trips
+            if peer.relayed:
+                relayed.append(peer.peer_id)
+        return cls(measured or {}, announced, frozenset(relayed), places)
 
     def __call__(self, sender: str | None, receiver: str | None) -> float:
         """The estimated seconds one way."""
         if sender == receiver:
             return 0.0
-        direct = self._direct(sender, receiver)
-        # who sends has dialled, except the last hop: it answers on the originator's stream to it
-        dialled = sender if receiver is None else receiver
-        return direct + RELAY_SECONDS if dialled in self.relayed else direct
-
-    def _direct(self, sender: str | None, receiver: str | None) -> float:
+        # in one piece, because planning asks for thousands
         if sender is None or receiver is None:
             round_trip = self.measured.get(sender or receiver or "")
         else:
-            round_trip = self._announced_by(sender, receiver)
+            round_trip = self.announced.get(sender, _NOTHING).get(receiver)
             if round_trip is None:
-                round_trip = self._announced_by(receiver, sender)
-            if round_trip is None:
-                return self._by_way_of_us(sender, receiver)
-        return DEFAULT_LATENCY if round_trip is None else round_trip / 2
+                round_trip = self.announced.get(receiver, _NOTHING).get(sender)
+        if round_trip is None:
+            here, there = self.coordinates.get(sender), self.coordinates.get(receiver)
+            if here is not None and there is not None:
+                round_trip = here.distance(there)
+            else:
+                round_trip = self._by_way_of_us(sender, receiver)
+        # who sends has dialled, except the last hop: it answers on the originator's stream to it
+        dialled = sender if receiver is None else receiver
+        return round_trip / 2 + (RELAY_SECONDS if dialled in self.relayed else 0.0)
 
-    def _announced_by(self, sender: str, receiver: str) -> float | None:
-        known = self.announced.get(sender)
-        return None if known is None else known.get(receiver)
+    def roughly(self, node: str | None, peers: Sequence[Announcement]) -> list[float]:
+        """About how many seconds one way from a node to each of many, quickly."""
+        here = self.coordinates.get(node)
+        if here is None:
+            return [DEFAULT_LATENCY] * len(peers)
+        position, height, dist = here.position, here.height, math.dist
+        return [
+            DEFAULT_LATENCY
+            if (there := peer.coordinate) is None
+            else (dist(position, there.position) + height + there.height) / 2
+            for peer in peers
+        ]
 
-    def _by_way_of_us(self, sender: str, receiver: str) -> float:
+    def _by_way_of_us(self, sender: str | None, receiver: str | None) -> float:
         # as if they stood at a right angle, seen from us: two that are near to us are near to each
         # other, one near and one far are far, and of two that are far too little is known
-        there, back = self.measured.get(sender), self.measured.get(receiver)
-        if there is None or back is None:
-            return DEFAULT_LATENCY
-        return math.hypot(there, back) / 2
+        there, back = self.measured.get(sender or ""), self.measured.get(receiver or "")
+        return 2 * DEFAULT_LATENCY if there is None or back is None else math.hypot(there, back)
 
 
 def block_seconds(peer: Announcement, objective: Objective = Objective.LATENCY) -> float:
@@ -163,6 +193,7 @@ def plan_route(
     *,
     latency: Latency,
     dice: Dice,
+    roughly: Callable[[str | None, Sequence[Announcement]], Sequence[float]] | None = None,
     exclude: Collection[str] = (),
     failures: Callable[[str], int] = lambda _: 0,
     objective: Objective = Objective.LATENCY,
@@ -174,33 +205,41 @@ def plan_route(
 
     It leads from ``source`` to ``sink``: None is the originator, and a recovery names the hops
     that have survived before and behind the gap. Peers in ``exclude`` are not used, neither are
-    those two. Raises NoRoute with the blocks that no candidate serves.
+    those two. ``roughly`` says quickly how far each of many is, so that of thousands not all have to
+    be looked at. Raises NoRoute with the blocks that no candidate serves.
     """
     seen = list(candidates)
+    cost = partial(
+        _costs,
+        num_blocks=len(span),
+        latency=latency,
+        dice=dice,
+        failures=failures,
+        objective=objective,
+        source=source,
+        sink=sink,
+    )
     unusable = {source, sink, *exclude}
-    first, last = span.start, span.end
-    # runs of blocks as two numbers, counted from the first one: there may be thousands of peers
-    useful = [
-        (peer, max(held.start, first) - first, min(held.end, last) - first)
-        for peer in seen
-        if (held := peer.span) is not None
-        and held.start < last
-        and held.end > first
-        and peer.peer_id not in unusable
-    ]
-    missing = _gaps(useful, len(span))
-    if missing:
+    promising = seen
+    if len(seen) > MAX_LOOKED_AT and roughly is not None:
+        promising = _promising(seen, roughly(source, seen), objective, dice)
+    useful = _useful(promising, span, unusable)
+    costs = cost(useful)
+    if promising is not seen and not all(costs.holders):
+        useful = _useful(seen, span, unusable)
+        costs = cost(useful)
+    if not all(costs.holders):
+        missing = gaps([Span(start, end) for _, start, end in useful], len(span))
         raise no_route(
-            model_name, [Span(gap.start + first, gap.end + first) for gap in missing], len(seen)
+            model_name,
+            [Span(gap.start + span.start, gap.end + span.start) for gap in missing],
+            len(seen),
         )
-    # in random order, so that originators do not all take the same one of several equals
-    shuffled = sorted(useful, key=lambda _: dice.random())
-    costs = _costs(shuffled, len(span), latency, dice, failures, objective, source, sink)
     path = shortest_path(costs)
     hops: list[RouteHop] = []
     before, start = source, span.start
     for number, run in groupby(path):
-        peer, end = shuffled[number][0], start + len(list(run))
+        peer, end = useful[number][0], start + len(list(run))
         pace = _pace(peer, end - start, latency(before, peer.peer_id))
         hops.append(RouteHop(peer.peer_id, peer.multiaddrs, Span(start, end), pace))
         before, start = peer.peer_id, end
@@ -224,10 +263,43 @@ def no_route(model_name: str, missing: Sequence[Span], peers_seen: int) -> NoRou
     )
 
 
-def _gaps(useful: Iterable[_Candidate], num_blocks: int) -> list[Span]:
-    """The runs of blocks that no candidate holds."""
-    spans = {(start, end) for _, start, end in useful}  # of thousands many are equal
-    return gaps([Span(start, end) for start, end in spans], num_blocks)
+def _promising(
+    peers: list[Announcement], ways: Sequence[float], objective: Objective, dice: Dice
+) -> list[Announcement]:
+    """Of very many, those to look at closely: the best at a glance, and some of the others."""
+    alone = objective is Objective.LATENCY
+    weight = 2.0 if alone else 2 * THROUGHPUT_LATENCY
+    scores = [
+        (way * weight * speed + LOAD_PER_BLOCK * peer.session_blocks)
+        / (speed * (span.end - span.start))
+        + 1 / speed
+        if (span := peer.span) is not None
+        and (speed := (peer.decode_speed if alone else peer.prefill_speed) or NOMINAL_SPEED)
+        else math.inf
+        for peer, way in zip(peers, ways, strict=True)
+    ]
+    most = sorted(scores)[MAX_LOOKED_AT]
+    random = dice.random
+    return [
+        peer
+        for peer, score in zip(peers, scores, strict=True)
+        if score < most or random() < OTHERS_LOOKED_AT
+    ]
+
+
+def _useful(
+    peers: Iterable[Announcement], span: Span, unusable: Collection[str | None]
+) -> list[_Candidate]:
+    """Those that hold blocks of ``span``; runs of blocks count from its start."""
+    first, last = span.start, span.end
+    return [
+        (peer, max(held.start, first) - first, min(held.end, last) - first)
+        for peer in peers
+        if (held := peer.span) is not None
+        and held.start < last
+        and held.end > first
+        and peer.peer_id not in unusable
+    ]
 
 
 def _costs(
@@ -243,23 +315,19 @@ def _costs(
     """What the search needs to know; blocks count from the start of ``span``."""
     weight = 1.0 if objective is Objective.LATENCY else THROUGHPUT_LATENCY
     ids = [peer.peer_id for peer, _, _ in useful]
-    seconds = [block_seconds(peer, objective) for peer, _, _ in useful]
-    risk = [
-        FAILURE_SECONDS * min(failures(peer.peer_id), MAX_FAILURES) + load_seconds(peer, objective)
-        for peer, _, _ in useful
-    ]
-    entry = [
-        weight * latency(source, peer_id) + dearer
-        for peer_id, dearer in zip(ids, risk, strict=True)
-    ]
-    # what a block costs at a peer if the route goes there and uses all that it has
-    back = entry if sink == source else [weight * latency(peer_id, sink) for peer_id in ids]
-    scores = [
-        there + (way_in + way_out) / (end - start)
-        for there, way_in, way_out, (_, start, end) in zip(
-            seconds, entry, back, useful, strict=True
-        )
-    ]
+    seconds, entry, risk, scores = [], [], [], []
+    for peer, start, end in useful:
+        alone = block_seconds(peer, objective)
+        dearer = LOAD_PER_BLOCK * peer.session_blocks * alone
+        if failed := failures(peer.peer_id):
+            dearer += FAILURE_SECONDS * min(failed, MAX_FAILURES)
+        way_in = weight * latency(source, peer.peer_id) + dearer
+        way_out = way_in if sink == source else weight * latency(peer.peer_id, sink)
+        seconds.append(alone)
+        risk.append(dearer)
+        entry.append(way_in)
+        # what a block costs at a peer if the route goes there and uses all that it has
+        scores.append(alone + (way_in + way_out) / (end - start))
     holders: list[list[int]] = [[] for _ in range(num_blocks)]
     room = num_blocks * MAX_CANDIDATES
     for number in _by_rank(scores, dice):
@@ -286,8 +354,10 @@ def _by_rank(scores: Sequence[float], dice: Dice) -> list[int]:
     originators to the same few. One order for all blocks, so that a peer that is considered for
     one block is seldom left out at the next.
     """
-    best_first = sorted(range(len(scores)), key=scores.__getitem__)
     # smallest first, exponential variables with these means are draws with weights 1 / score²
-    waits = [-math.log(1 - dice.random()) * score**2 for score in scores]
+    random, log = dice.random, math.log
+    waits = [-log(1 - random()) * score * score for score in scores]
     drawn = sorted(range(len(scores)), key=waits.__getitem__)
+    # equals stay in the order in which they were drawn, so that originators do not all take the same
+    best_first = sorted(drawn, key=scores.__getitem__)
     return list(dict.fromkeys(chain.from_iterable(zip(best_first, drawn, strict=True))))

@@ -11,30 +11,46 @@ import numpy as np
 from petals.node.membership import INDEX_WRITERS
 from petals.protocol.announcement import REGION_BLOCKS, Announcement, PeerState
 from petals.protocol.errors import NoRoute
-from petals.protocol.placement import Placed, choose_span, placed, should_move
+from petals.protocol.placement import (
+    Placed,
+    choose_span,
+    choose_span_by,
+    placed,
+    should_level,
+    should_move,
+)
 from petals.protocol.routing import LatencyEstimates, Route, plan_route
 from petals.protocol.span import Span
+from petals.protocol.tally import Totals
 from petals.protocol.upkeep import Upkeep, sampled, upkeep
 
-from .announcing import announcement, peer_id
+from .announcing import announcement, entry_bytes, peer_id
+from .places import Places
 from .population import NUM_BLOCKS, Floats, Ints
 from .records import (
-    ENTRY_BYTES,
-    FULL,
     HOLDERS,
     QUESTION_BYTES,
     REGIONS,
     Records,
     Traffic,
-    read_bytes,
+    lookup_bytes,
+    lookups_of_a_write,
+    record_bytes,
+    sums_bytes,
     write_bytes,
 )
 from .state import JOINING, MOVING, ONLINE, State
 
 SNAPSHOT = 10.0
 """Seconds for which nodes that read at nearly the same time get to see the same."""
-PING_BYTES = 200
-"""A round trip to a candidate is measured once when it is first seen."""
+COUNTED = 2.0
+"""The same for what holders have counted: an announcement takes a second, and their sums hold for one."""
+MEASURING_BYTES = 4 * 2500 / 30
+"""A second: four peers in half a minute, with a handshake each (``node/latency.py``)."""
+SETTLING_MINUTES = (3, 15)
+"""In which all nodes look for their places once more, a share of them each minute: while all are new, and
+then. Real ones do so every half minute."""
+NEW_MINUTES = 60
 TRIES = 5
 """Of an originator whose hops turn out to be dead."""
 
@@ -81,6 +97,7 @@ class Ours:
         self._state = state
         self._dice = dice
         self._records = Records(state, numbers)
+        self._places = Places(state.population, dice)
         self._said: dict[int, Announcement] = {}
         self._numbers = {peer_id(node): node for node in range(len(state.population))}
         self._upkeep = upkeep(0)
@@ -89,7 +106,9 @@ class Ours:
         self._snapshot: tuple[float, Ints] = (-1e9, np.zeros(0, dtype=np.int64))
         self._placement: tuple[float, list[Announcement], list[Placed]] = (0.0, [], [])
         self._sampled = False
+        self._totals: tuple[float, Totals] = (-1e9, Totals((), ()))
         self._read_at: dict[int, float] = {}
+        self._minutes = 0
 
     @property
     def upkeep(self) -> Upkeep:
@@ -106,20 +125,27 @@ class Ours:
         said, _ = self._placement_view(now)
         length = int(self._state.population.length[node])
         self._read_regions(now)  # as every node does when it starts
+        there = self._state.there()
+        if len(there) > 0:
+            self._places.find(node, there)
         if self._sampled:
-            self._read_list()
+            totals = self._read_totals(now)
+            return choose_span_by(totals.serving, totals.loading, length, self._dice).start
         return choose_span(said, NUM_BLOCKS, length, self._dice).start
 
     def look(self, node: int, now: float) -> int | None:
         _, nodes = self._placement_view(now)
-        if self._sampled:
-            self._read_list()
-        elif self._upkeep.look_interval < self._upkeep.refresh_interval:
-            self._read_regions(now)
-        others = [other for other in nodes if other.peer_id != peer_id(node)]
         (own,) = placed([self._says(node)], NUM_BLOCKS)
-        began = time.process_time()
-        move = should_move(own, others, NUM_BLOCKS, len(own.span))
+        if self._sampled:
+            throughput = self._read_totals(now).throughput
+            began = time.process_time()
+            move = should_level(own, throughput, len(own.span))
+        else:
+            if self._upkeep.look_interval < self._upkeep.refresh_interval:
+                self._read_regions(now)
+            others = [other for other in nodes if other.peer_id != peer_id(node)]
+            began = time.process_time()
+            move = should_move(own, others, NUM_BLOCKS, len(own.span))
         self.placement_seconds.append(time.process_time() - began)
         return None if move is None else move.span.start
 
@@ -128,26 +154,24 @@ class Ours:
         if now - self._read_at.get(originator, -1e9) > self._upkeep.time_to_live:
             self._read_at[originator] = now
             self._read_regions(now)
-            self.traffic.reading += PING_BYTES * self._known
         seen = [int(node) for node in self._regions(now) if node != originator]
         candidates = [said for node in seen if (said := self._says(node)).state is PeerState.ONLINE]
         if self._state.status[originator] == ONLINE:
             candidates.append(self._says(originator))
-        people = self._state.population
-        round_trips = 2 * (
-            people.access[originator]
-            + people.access[seen]
-            + people.between[people.city[originator], people.city[seen]]
-        )
-        measured = dict(zip(map(peer_id, seen), round_trips.tolist(), strict=True))
-        measured[peer_id(originator)] = 0.0
-        latency = LatencyEstimates(measured)
+        measured = {**self._places.round_trips(originator), peer_id(originator): 0.0}
+        own = self._places.of(originator)
         dead: set[str] = set()
         for _ in range(TRIES):
             began = time.process_time()
             try:
+                latency = LatencyEstimates.of(candidates, measured, own)
                 route = plan_route(
-                    candidates, Span(0, NUM_BLOCKS), latency=latency, dice=self._dice, exclude=dead
+                    candidates,
+                    Span(0, NUM_BLOCKS),
+                    latency=latency,
+                    roughly=latency.roughly,
+                    dice=self._dice,
+                    exclude=dead,
                 )
             except NoRoute:
                 return None
@@ -161,13 +185,27 @@ class Ours:
 
     def minute(self, now: float) -> None:
         self._regions(now)
+        self._settle()
         there = len(self._state.there())
+        interval = self._upkeep.announce_interval
         touched = sum(self._touching()) / max(1, there)
         listed = 2 * min(1.0, INDEX_WRITERS / max(1, self._known))
-        announcements = 60 / self._upkeep.announce_interval * there
-        self.traffic.announcing += announcements * (touched + listed) * write_bytes(there)
+        write = write_bytes(there, entry_bytes(self._upkeep.round_trips))
+        write += lookups_of_a_write(
+            there, interval, self._state.population.churn / 3600
+        ) * lookup_bytes(there)
+        self.traffic.announcing += 60 / interval * there * (touched + listed) * write
+        self.traffic.measuring += 60 * MEASURING_BYTES * there
         for _ in range(round(60 / self._upkeep.refresh_interval * there)):
             self._read_regions(now)
+
+    def _settle(self) -> None:
+        """A share of all nodes looks for its place once more."""
+        self._minutes += 1
+        share = SETTLING_MINUTES[self._minutes > NEW_MINUTES]
+        for node in self._state.there()[self._minutes % share :: share]:
+            self._places.settle(int(node))
+            self.changed(int(node))
 
     def busiest_holder(self, seconds: float) -> tuple[float, float]:
         """Bytes per second that a holder of the busiest region takes in, and gives out."""
@@ -175,7 +213,7 @@ class Ours:
         share = max(self._sizes) / max(1.0, sum(self._sizes))
         # a reading asks each holder of a region for its whole record
         out = self.traffic.record_bytes_read * share / HOLDERS / seconds
-        return writes * (ENTRY_BYTES + 2 * QUESTION_BYTES), out
+        return writes * (entry_bytes(self._upkeep.round_trips) + 2 * QUESTION_BYTES), out
 
     def _touching(self) -> list[int]:
         """How many nodes write to each region."""
@@ -189,10 +227,21 @@ class Ours:
     def _read_regions(self, now: float) -> None:
         self._regions(now)
         there = len(self._state.there())
-        self.traffic.reading += sum(read_bytes(there, size) for size in self._sizes)
-        self.traffic.record_bytes_read += sum(
-            read_bytes(there, size) - read_bytes(there, 0) for size in self._sizes
-        )
+        entry = entry_bytes(self._upkeep.round_trips)
+        records = sum(record_bytes(there, size, entry) for size in self._sizes)
+        self.traffic.reading += records + REGIONS * lookup_bytes(there)
+        self.traffic.record_bytes_read += records
+
+    def _read_totals(self, now: float) -> Totals:
+        there = len(self._state.there())
+        self.traffic.reading += REGIONS * sums_bytes(there)  # of holders known by reading regions
+        return self.counted(now)
+
+    def counted(self, now: float) -> Totals:
+        """What the holders of records have counted, as it is known at about this time."""
+        if now - self._totals[0] >= COUNTED:
+            self._totals = now, self._records.totals(now, self._upkeep)
+        return self._totals[1]
 
     def _says(self, node: int) -> Announcement:
         said = self._said.get(node)
@@ -206,23 +255,23 @@ class Ours:
                 float(people.speed[node]),
                 int(state.session_blocks[node]),
                 online=state.status[node] not in (JOINING, MOVING),
+                coordinate=self._places.of(node),
             )
         return said
 
     def _placement_view(self, now: float) -> tuple[list[Announcement], list[Placed]]:
-        """What those who look at about this time see: the regions, or the list where they are full."""
+        """What those who look at about this time see in the regions."""
         seen = self._regions(now)
         if self._placement[0] != self._snapshot[0]:
             said = [self._says(int(node)) for node in seen]
             self._sampled = sampled(said, NUM_BLOCKS)
-            if self._sampled:
-                listed = self._records.listed(now, self._upkeep, self._known)
-                said = [self._says(int(node)) for node in listed]
-            self._placement = self._snapshot[0], said, placed(said, NUM_BLOCKS)
+            # whom nobody compares need not be placed
+            self._placement = (
+                self._snapshot[0],
+                said,
+                [] if self._sampled else placed(said, NUM_BLOCKS),
+            )
         return self._placement[1:]
-
-    def _read_list(self) -> None:
-        self.traffic.reading += read_bytes(len(self._state.there()), FULL)
 
     def _regions(self, now: float) -> Ints:
         at, seen = self._snapshot
@@ -240,9 +289,9 @@ class Petals:
     Joining: the run whose throughputs, sorted, are the least. Rebalancing, every two minutes on
     average: if the throughput of the weakest block is under ``QUALITY`` of what it would be after
     all servers had moved one after another until nobody wants to, move. Every server sees all of
-    them as they are now, which is kinder than the DHT is. That "after all" takes seconds of
-    computing and comes out nearly the same for everybody, so one server works it out for all, every
-    half hour.
+    them as they are now, and at no cost, which is kinder than the DHT is. That "after all" takes
+    seconds of computing and comes out nearly the same for everybody, so one server works it out for
+    all, every half hour.
     """
 
     name = "Petals' rules"
@@ -313,6 +362,25 @@ class Petals:
         reachable = float(throughput.min())
         self._worked_out = now, reachable
         return reachable
+
+
+class PetalsReading(Petals):
+    """The same rules by what our nodes read, at the same cost: what the holders of records have counted.
+
+    It is some seconds old, and whoever has died counts until it expires.
+    """
+
+    name = "Petals' rules, reading as we do"
+
+    def __init__(self, state: State, dice: random.Random, numbers: np.random.Generator) -> None:
+        super().__init__(state, dice, numbers)
+        self._view = Ours(state, dice, numbers)
+
+    def minute(self, now: float) -> None:
+        self._view.look_interval(now)  # so that it knows how large the swarm is
+
+    def _throughput(self, now: float) -> Floats:
+        return np.array(self._view.counted(now).throughput)
 
 
 def best_start(throughput: Floats, length: int) -> int:

@@ -67,6 +67,8 @@ class Population:
     access: Floats
     between: Floats
     """Seconds from one city to another."""
+    churn: float
+    """How many of all go in an hour."""
 
     def __len__(self) -> int:
         return len(self.comes)
@@ -106,6 +108,7 @@ def draw_population(
         city=dice.choice(len(CITIES), total, p=weights / weights.sum()),
         access=ACCESS_SECONDS * np.exp(ACCESS_SPREAD * dice.standard_normal(total)),
         between=city_latencies(),
+        churn=churn,
     )
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 from rich.table import Table
 
-from .policies import Ours
+from .announcing import entry_bytes
+from .policies import Ours, Petals, PetalsReading
 from .simulation import WARM_UP, Outcome, Simulation
 
 KILOBYTE = 1000
+RIVALS = (Petals, PetalsReading)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Figure:
 
     name: str
     ours: float
-    petals: float | None = None
+    rivals: tuple[float, ...] = ()
     at_least: float | None = None
     at_most: float | None = None
     digits: int = 3
@@ -36,53 +38,60 @@ class Figure:
             self.at_most is None or self.ours <= self.at_most
         )
 
-    def cells(self) -> tuple[str, str, str, str]:
+    def cells(self) -> tuple[str, ...]:
         """As a person reads them."""
         aim = f"≥ {self.at_least:g}" if self.at_least is not None else ""
         aim = f"≤ {self.at_most:g}" if self.at_most is not None else aim
         mark = {None: "", True: " ✓", False: " ✗"}[self.met]
-        petals = "" if self.petals is None else f"{self.petals:,.{self.digits}f}"
-        return self.name, f"{self.ours:,.{self.digits}f}", petals, aim + mark
+        rivals = [f"{value:,.{self.digits}f}" for value in self.rivals] or [""] * len(RIVALS)
+        return self.name, f"{self.ours:,.{self.digits}f}", *rivals, aim + mark
 
 
-def figures(ours: Simulation, petals: Simulation, hours: float) -> list[Figure]:
+def figures(ours: Simulation, rivals: Sequence[Simulation], hours: float) -> list[Figure]:
     """All of them, of what came after the warm-up."""
     policy = ours.policy
     assert isinstance(policy, Ours)
-    mine, theirs = ours.outcome, petals.outcome
+    mine, theirs = ours.outcome, [rival.outcome for rival in rivals]
     seconds = hours * 3600 - WARM_UP
     node_seconds = 60 * sum(mine.settled(mine.nodes))
     announcing = policy.traffic.announcing / node_seconds / KILOBYTE
     reading = policy.traffic.reading / node_seconds / KILOBYTE
+    measuring = policy.traffic.measuring / node_seconds / KILOBYTE
     taken, given = policy.busiest_holder(seconds)
     found = [
-        Figure(
-            "time in which every block is served, %", *_pair(_whole, mine, theirs, seconds), 100
-        ),
+        Figure("time in which every block is served, %", *_all(_whole, mine, theirs, seconds), 100),
         Figure(
             "weakest block's throughput, of the bound: median",
-            *_pair(_median_bottleneck, mine, theirs, seconds),
+            *_all(_median_bottleneck, mine, theirs, seconds),
             at_least=0.9,
         ),
-        Figure("the same: least", *_pair(_least_bottleneck, mine, theirs, seconds), at_least=0.9),
+        Figure("the same: least", *_all(_least_bottleneck, mine, theirs, seconds), at_least=0.9),
         Figure(
             "a token's time, of the best route's: median",
-            *_pair(_median_latency, mine, theirs, seconds),
+            *_all(_median_latency, mine, theirs, seconds),
             at_most=1.1,
         ),
-        Figure("the same: 95th percentile", *_pair(_high_latency, mine, theirs, seconds)),
+        Figure("the same: 95th percentile", *_all(_high_latency, mine, theirs, seconds)),
         Figure(
             "moves of a node in a day",
-            *_pair(_moves, mine, theirs, seconds),
+            *_all(_moves, mine, theirs, seconds),
             at_most=2,
         ),
         Figure("announcing, KB/s of a node", announcing),
         Figure("reading, KB/s of a node", reading),
-        Figure("both, KB/s of a node", announcing + reading, at_most=2),
+        Figure("measuring ways, KB/s of a node", measuring),
+        Figure("all three", announcing + reading + measuring, at_most=2),
+        Figure("bytes of an announcement", entry_bytes(policy.upkeep.round_trips), digits=0),
         Figure("busiest holder: taken in, KB/s", taken / KILOBYTE, digits=1),
         Figure("busiest holder: given out, KB/s", given / KILOBYTE, digits=1),
-        Figure("sessions opened", mine.sessions, theirs.sessions, digits=0),
-        Figure("sessions without a route", mine.without_route, theirs.without_route, at_most=0),
+        Figure("sessions opened", mine.sessions, tuple(each.sessions for each in theirs), digits=0),
+        Figure(
+            "sessions without a route",
+            mine.without_route,
+            tuple(each.without_route for each in theirs),
+            at_most=0,
+            digits=0,
+        ),
         Figure("hops that were dead when a session opened", mine.dead_hops, digits=0),
     ]
     if mine.planning:
@@ -105,8 +114,10 @@ def figures(ours: Simulation, petals: Simulation, hours: float) -> list[Figure]:
     return found
 
 
-def _pair(value: Any, mine: Outcome, theirs: Outcome, seconds: float) -> tuple[float, float]:
-    return value(mine, seconds), value(theirs, seconds)
+def _all(
+    value: Any, mine: Outcome, theirs: Sequence[Outcome], seconds: float
+) -> tuple[float, tuple[float, ...]]:
+    return value(mine, seconds), tuple(value(outcome, seconds) for outcome in theirs)
 
 
 def _whole(outcome: Outcome, seconds: float) -> float:
@@ -141,7 +152,7 @@ def table(title: str, found: Sequence[Figure]) -> Table:
     """To be printed."""
     shown = Table(title=title, title_justify="left")
     shown.add_column("figure", overflow="fold")
-    for name in ("petals-node", "Petals' rules"):
+    for name in (Ours.name, *(rival.name for rival in RIVALS)):
         shown.add_column(name, justify="right")
     shown.add_column("aim")
     for figure in found:
@@ -152,7 +163,8 @@ def table(title: str, found: Sequence[Figure]) -> Table:
 
 def markdown(found: Sequence[Figure]) -> str:
     """For the README."""
-    lines = ["| figure | petals-node | Petals' rules | aim |", "|---|---:|---:|---|"]
+    names = [Ours.name, *(rival.name for rival in RIVALS)]
+    lines = [f"| figure | {' | '.join(names)} | aim |", f"|---|{'---:|' * len(names)}---|"]
     lines += [f"| {' | '.join(figure.cells())} |" for figure in found]
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import trio
@@ -10,13 +11,19 @@ import trio.testing
 from petals.node import describe
 from petals.node.latency import AT_ONCE, FIRST_INTERVAL, INTERVAL, LatencyWatch
 from petals.protocol.announcement import Announcement, encode_signed
+from petals.protocol.coordinates import Coordinate
 from petals.protocol.errors import PeerError
 from petals.protocol.expected import Expected
 from petals.protocol.frames import DESCRIBE_PROTOCOL, PROTOCOL_VERSION, Hello
 from petals.protocol.round_trips import FRESH
 from petals.protocol.span import Span
 from support.announcements import NOW, announce, dice, peer_id, signer
-from support.memory_network import MemoryNetwork, MemorySwarm, expiring_merge
+from support.memory_network import (
+    CountingEntries,
+    MemoryNetwork,
+    MemorySwarm,
+    expiring_merge,
+)
 
 HELLO = Hello(PROTOCOL_VERSION, "test")
 US = peer_id(99)
@@ -27,7 +34,7 @@ class World:
     """One node that measures, and others that describe themselves."""
 
     def __init__(self) -> None:
-        self.swarm = MemorySwarm(merge=expiring_merge, clock=lambda: NOW)
+        self.swarm = MemorySwarm(expiring_merge, lambda: NOW, CountingEntries)
         self.candidates: list[Announcement] = []
         self.asked: list[tuple[float, str]] = []
         self.heard: list[str] = []
@@ -50,7 +57,9 @@ class World:
     async def __aexit__(self, *error: object) -> None:
         await self._stack.aclose()
 
-    async def peer(self, number: int, round_trip: float = 0.001, *, there: bool = True) -> str:
+    async def peer(
+        self, number: int, round_trip: float = 0.001, *, there: bool = True, **says: Any
+    ) -> str:
         """A candidate; one that is not there was announced and has died."""
         who = peer_id(number)
         self.swarm.round_trips[who] = round_trip
@@ -58,7 +67,7 @@ class World:
         if there:
             network = await self._stack.enter_async_context(self.swarm.network(who))
             addresses = network.multiaddrs
-            said = encode_signed(announce(number, SPAN), signer(number))
+            said = encode_signed(announce(number, SPAN, **says), signer(number))
 
             async def answer(stream: object) -> None:
                 await describe.answer(
@@ -70,7 +79,7 @@ class World:
                 )
 
             network.handle(DESCRIBE_PROTOCOL, answer)
-        self.candidates.append(announce(number, SPAN, multiaddrs=tuple(addresses)))
+        self.candidates.append(announce(number, SPAN, multiaddrs=tuple(addresses), **says))
         return who
 
     async def ask(
@@ -91,10 +100,26 @@ async def test_candidates_are_measured_and_heard(
     async with World() as world:
         near, far = await world.peer(1, 0.01), await world.peer(2, 0.2)
         assert await world.watch.turn()
-        assert world.watch.nearest({near, far}) == {near: 0.01, far: 0.2}
-        assert world.watch.nearest({far}) == {far: 0.2}
+        assert world.watch.nearest({near, far}, 16) == {near: 0.01, far: 0.2}
+        assert world.watch.nearest({near, far}, 1) == {near: 0.01}
         assert list(world.watch.measured()) == [near, far]
         assert sorted(world.heard) == sorted([near, far])
+
+
+async def test_what_was_measured_pulls_the_node_to_its_place(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    async with World() as world:
+        assert world.watch.coordinate == Coordinate()
+        await world.peer(1, 0.2)
+        await world.watch.turn()
+        assert world.watch.coordinate == Coordinate(), "the peer has not said where it is"
+        known = Coordinate((0.3, 0.0, 0.0), 0.01, 0.05)
+        await world.peer(2, 0.1, coordinate=known)
+        for _ in range(20):
+            await world.watch.turn()
+        assert world.watch.coordinate.distance(known) == pytest.approx(0.1, rel=0.2)
+        assert world.watch.coordinate.error < 0.2
 
 
 async def test_what_was_opened_for_measuring_is_closed_again(
@@ -166,4 +191,4 @@ async def test_a_bug_of_a_peer_ends_nothing(
 
         world.swarm.networks[silent].handle(DESCRIBE_PROTOCOL, hang_up)
         assert await world.watch.turn()
-        assert world.watch.nearest({silent}) == {}
+        assert world.watch.nearest({silent}, 16) == {}

@@ -19,6 +19,7 @@ from petals.protocol.announcement import (
 from petals.protocol.errors import ModelMismatch, PeerError
 from petals.protocol.span import Span
 from petals.protocol.swarm import Swarm
+from petals.protocol.tally import Tallies
 from support.announcements import MODEL, NOW, announce, dice, entry, peer_id, signer
 
 OTHER_MODEL = "cd" * 32
@@ -56,13 +57,20 @@ class Directory:
     async def put(self, key: bytes, entry: bytes) -> int:
         self.puts.append((trio.current_time(), key))
         await self._answer()
-        self.table[key] = merge_entries(self.table.get(key, []), [entry], clock(), dice())
+        self.table[key] = merge_entries(self.table.get(key, []), [entry], clock(), salt=b"salt")
         return self.holders
 
     async def get(self, key: bytes) -> list[bytes]:
         self.gets.append(key)
         await self._answer()
         return list(self.table.get(key, []))
+
+    async def sums(self, key: bytes) -> list[bytes]:
+        await self._answer()
+        told = Tallies()
+        told.count(key, self.table.get(key, []), clock())
+        sums = told.sums(key, clock())
+        return [] if sums is None else [sums] * self.holders
 
     def said(self, key: bytes) -> list[Announcement]:
         return [decode_signed(data, clock()) for data in self.table.get(key, [])]
@@ -426,6 +434,21 @@ async def test_models_are_found_by_name_and_without_one(
     await client.check_model("unheard of", MODEL)
     with pytest.raises(ModelMismatch, match=r"fingerprint ffffffffffffffff.*abababab.*\(1 peer\)"):
         await client.check_model("demo", "ff" * 32)
+
+
+async def test_what_the_holders_have_counted_is_read(
+    directory: Directory, mock_clock: trio.testing.MockClock
+) -> None:
+    client = Node(directory, 9, None).membership
+    assert await client.totals(MODEL, BLOCKS) is None, "nobody has counted anything"
+    await Node(directory, 1, Span(0, 10), state=PeerState.ONLINE).membership.announce()
+    await Node(directory, 2, Span(0, 10), moving_to=Span(10, 20)).membership.announce()
+    totals = await client.totals(MODEL, BLOCKS)
+    assert totals is not None
+    assert totals.serving == (10.0,) * 10 + (0.0,) * 10
+    assert totals.loading == (0.0,) * 10 + (10.0,) * 10, "it counts where it moves to"
+    directory.down = True
+    assert await client.totals(MODEL, BLOCKS) is None
 
 
 async def test_the_lists_are_written_by_a_sample_of_a_large_swarm(

@@ -367,6 +367,15 @@ async def test_the_directory_merges_what_many_put(world: World) -> None:
         assert first.statistics().directory_peers == 2, "a client is no holder"
 
 
+async def test_holders_say_what_they_have_counted(world: World) -> None:
+    async with world.network() as first, world.network(bootstrap=first.multiaddrs) as second:
+        assert await second.sums(KEY) == []
+        await second.put(KEY, b"a 1 %d" % (world.clock() + 60))
+        await second.put(KEY, b"b 1 %d" % (world.clock() + 60))
+        assert await second.sums(KEY) == [b"2"], "it asks the others"
+        assert len(await second.get(KEY)) == 2
+
+
 async def test_the_directory_refuses_forgeries_and_forgets_the_expired(world: World) -> None:
     async with (
         world.network() as first,

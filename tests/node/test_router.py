@@ -9,6 +9,7 @@ import trio.testing
 from petals.node.membership import Membership
 from petals.node.router import ASK_TIMEOUT, CHOICE_TIMEOUT, SwarmRouter
 from petals.protocol.announcement import Announcement, PeerState
+from petals.protocol.coordinates import Coordinate
 from petals.protocol.errors import NoRoute, PeerError
 from petals.protocol.expected import EXPECTED_BLOCKS
 from petals.protocol.routing import RouteHop
@@ -34,6 +35,9 @@ class NoDirectory:
         raise PeerError("nobody is there")
 
     async def get(self, key: bytes) -> list[bytes]:
+        raise PeerError("nobody is there")
+
+    async def sums(self, key: bytes) -> list[bytes]:
         raise PeerError("nobody is there")
 
 
@@ -63,6 +67,7 @@ class World:
             fingerprint=MODEL,
             num_blocks=len(BLOCKS),
             round_trips=dict,
+            coordinate=Coordinate,
             ask=self.ask,
             ourselves=lambda: None,
             clock=clock,

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from petals.protocol.announcement import Announcement, PeerState
-from petals.protocol.placement import block_throughput, choose_span
+from petals.protocol.placement import (
+    Move,
+    Placed,
+    block_throughput,
+    choose_span,
+    choose_span_by,
+    should_level,
+)
 from petals.protocol.span import Span, coverage
 from support.announcements import announce, dice
 
@@ -88,3 +95,33 @@ def test_equal_nodes_cover_the_model_with_as_few_as_can(capacity: int, seed: int
         span = join(swarm, capacity, seed=seed + number)
         swarm.append(announce(number, span, num_blocks=BLOCKS))
     assert 0 not in coverage([made.span for made in swarm if made.span], BLOCKS)
+
+
+def test_a_node_that_loads_quickly_goes_where_blocks_are_weak_now() -> None:
+    serving, loading = [10.0] * 8 + [7.0] * 2 + [9.0] * 10, [0.0] * 8 + [3.0] * 2 + [0.5] * 10
+    assert choose_span_by(serving, loading, 2, dice()) == Span(8, 10)
+    few = choose_span_by(serving, loading, 3, dice())
+    assert few.start >= 10, "those who come later than itself make up for it"
+
+
+def leveller(start: int, end: int, speed: float = 40.0) -> Placed:
+    return Placed("a", Span(start, end), speed)
+
+
+def test_in_a_very_large_swarm_a_node_moves_by_the_sums_of_all_blocks() -> None:
+    throughput = [1000.0] * 6 + [900.0] * 2
+    assert should_level(leveller(0, 2), throughput, 2) == Move(Span(6, 8), urgent=False)
+    assert should_level(leveller(0, 2, 200.0), throughput, 2) is None, "too much would be missing"
+    assert should_level(leveller(6, 8), throughput, 2) is None
+    assert should_level(leveller(0, 2), [1000.0] * 6 + [970.0] * 2, 2) is None, "it does not pay"
+
+
+def test_there_too_a_gap_is_urgent_and_no_move_makes_one() -> None:
+    throughput = [20.0, 20.0, 500.0, 500.0, 0.0, 0.0]
+    assert should_level(leveller(2, 4), throughput, 2) == Move(Span(4, 6), urgent=True)
+    assert should_level(leveller(0, 2), throughput, 2) is None
+    assert should_level(Placed("a", Span(0, 6), 60.0), [100.0] * 5 + [10.0], 9) is None
+
+
+def test_where_it_is_already_is_no_move() -> None:
+    assert should_level(Placed("a", Span(0, 4), 4.0), [90.0] + [100.0] * 7, 4) is None

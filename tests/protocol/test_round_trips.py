@@ -1,5 +1,5 @@
 import pytest
-from petals.protocol.announcement import MAX_ROUND_TRIP, MAX_ROUND_TRIPS
+from petals.protocol.announcement import MAX_ROUND_TRIP
 from petals.protocol.round_trips import (
     FRESH,
     LIFETIME,
@@ -59,8 +59,8 @@ def test_the_nearest_few_are_announced() -> None:
     names = [str(number) for number in range(40)]
     for number, name in enumerate(names):
         trips.measured(name, 1.0 - number / 100, 0.0)
-    nearest = trips.nearest({*names[:-1], "unknown"}, 0.0)
-    assert list(nearest) == names[-2 : -2 - MAX_ROUND_TRIPS : -1]
+    nearest = trips.nearest({*names[:-1], "unknown"}, 5, 0.0)
+    assert list(nearest) == names[-2:-7:-1]
 
 
 def test_whoever_was_never_measured_is_wanted_and_whoever_failed_is_left_alone() -> None:

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -5,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from petals.protocol.announcement import Announcement
+from petals.protocol.coordinates import Coordinate
 from petals.protocol.errors import NoRoute
 from petals.protocol.routing import (
     DEFAULT_LATENCY,
     MAX_CANDIDATES,
+    MAX_LOOKED_AT,
     RELAY_SECONDS,
     THROUGHPUT_LATENCY,
     LatencyEstimates,
@@ -262,3 +266,61 @@ def test_a_crowd_at_some_blocks_hides_nobody_at_others() -> None:
     route = plan([*crowd, alone], latency=nowhere)
     assert [hop.span for hop in route.hops] == [Span(0, 4), Span(4, 8)]
     assert route.hops[1].peer_id == peer_id(50)
+
+
+def test_what_nobody_has_measured_follows_from_coordinates() -> None:
+    near, far = Coordinate((0.01, 0.0, 0.0), 0.002, 0.1), Coordinate((0.11, 0.0, 0.0), 0.002, 0.1)
+    unsure = Coordinate((0.01, 0.0, 0.0), 0.002, 0.9)
+    peers = [
+        announce(1, MODEL, coordinate=near),
+        announce(2, MODEL, coordinate=far, round_trips={peer_id(1): 0.3}),
+        announce(3, MODEL, coordinate=far),
+        announce(4, MODEL, coordinate=unsure),
+    ]
+    ours = Coordinate((0.0, 0.0, 0.0), 0.004, 0.1)
+    latency = LatencyEstimates.of(peers, {peer_id(3): 0.5}, ours)
+    assert latency(None, peer_id(1)) == pytest.approx(0.008)
+    assert latency(peer_id(1), peer_id(3)) == pytest.approx(0.052)
+    assert latency(peer_id(1), peer_id(2)) == 0.15, "what was measured counts for more"
+    assert latency(peer_id(3), None) == 0.25
+    assert latency(peer_id(1), peer_id(4)) == DEFAULT_LATENCY
+    assert latency(None, peer_id(4)) == DEFAULT_LATENCY
+    about = latency.roughly(None, [*peers[:2], announce(5, MODEL)])
+    assert about == pytest.approx([0.008, 0.058, DEFAULT_LATENCY])
+    assert LatencyEstimates.of(peers).roughly(None, peers) == [DEFAULT_LATENCY] * 4
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_of_very_many_the_best_at_a_glance_are_looked_at_and_whoever_is_needed(
+    objective: Objective,
+) -> None:
+    crowd = [
+        announce(1, Span(0, 7), decode_speed=50.0 + number % 100, prefill_speed=0.0)
+        for number in range(2 * MAX_LOOKED_AT)
+    ]
+    crowd = [replace(peer, peer_id=f"peer {number}") for number, peer in enumerate(crowd)]
+    idle = replace(crowd[0], peer_id="idle", span=None)
+    fastest = replace(crowd[0], peer_id="fastest", decode_speed=9000.0, prefill_speed=9000.0)
+    alone = replace(crowd[0], peer_id="alone", span=Span(7, 8), decode_speed=1.0)
+
+    def roughly(_: str | None, peers: Sequence[Announcement]) -> list[float]:
+        return [0.01] * len(peers)
+
+    def plan(*peers: Announcement, blocks: Span) -> list[str]:
+        route = plan_route(
+            peers,
+            blocks,
+            latency=lambda *_: 0.01,
+            roughly=roughly,
+            dice=dice(),
+            objective=objective,
+        )
+        return [hop.peer_id for hop in route.hops]
+
+    assert plan(*crowd, fastest, blocks=Span(0, 7)) == ["fastest"]
+    for seed in range(3):
+        rolls = dice(seed)
+        shuffled = sorted([*crowd, idle, fastest, alone], key=lambda _: rolls.random())
+        assert plan(*shuffled, blocks=MODEL) == ["fastest", "alone"]
+    with pytest.raises(NoRoute, match="blocks 7:8"):
+        plan(*crowd, blocks=MODEL)

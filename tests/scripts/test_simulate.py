@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from petals.protocol.upkeep import upkeep
-from simulate_parts.policies import Ours, Petals, best_start
+from simulate_parts.policies import Ours, Petals, PetalsReading, best_start
 from simulate_parts.population import GROWTH, NUM_BLOCKS, Population, draw_population
-from simulate_parts.records import FULL, Records
+from simulate_parts.records import Records, full
 from simulate_parts.routes import best_seconds
 from simulate_parts.simulation import Simulation
 from simulate_parts.state import GONE, ONLINE, State
@@ -71,8 +71,8 @@ def test_a_reading_shows_everybody_in_a_small_swarm_and_a_bounded_sample_of_a_la
     if nodes == 20:
         assert seen.tolist() == list(range(20))
     else:
-        assert sizes == [FULL] * len(sizes)
-        assert 1000 < len(seen) < 3000
+        assert sizes == [full(0)] * len(sizes)
+        assert 3000 < len(seen) < 6000
 
 
 def test_who_crashed_is_believed_in_until_it_expires_and_who_left_is_not() -> None:
@@ -121,9 +121,9 @@ def test_a_simulation_is_the_same_again() -> None:
     assert runs[0].moves == runs[1].moves
 
 
-def test_both_policies_place_within_the_model() -> None:
+def test_all_policies_place_within_the_model() -> None:
     people = population(60, hours=1.2)
-    for policy in (Ours, Petals):
+    for policy in (Ours, Petals, PetalsReading):
         simulation = Simulation(people, policy, hours=1.2, seed=4)
         simulation.run()
         state = simulation.state
@@ -156,7 +156,7 @@ def test_two_hundred_nodes_under_churn(tmp_path: Path) -> None:
     assert "weakest block's throughput" in done.stdout
     found = {row["name"]: row for row in json.loads(file.read_text())["figures"]}
     served = found["time in which every block is served, %"]
-    assert (served["ours"], served["petals"]) == (100, 100)
+    assert (served["ours"], served["rivals"]) == (100, [100, 100])
     bottleneck = found["weakest block's throughput, of the bound: median"]
     # of a bound that so few nodes cannot reach; 0.89 to 0.92 with seeds 1 to 5, Petals' rules alike
     assert bottleneck["ours"] >= 0.85

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
-from petals.node.network import NetworkStatistics, Stream, StreamHandler
+from petals.node.network import Counting, NetworkStatistics, Stream, StreamHandler
 from petals.protocol.errors import ConfigError, ErrorCode, LocalProtocolError, PeerError
 
 MergeEntries = Callable[[list[bytes], list[bytes], float], list[bytes]]
@@ -141,6 +141,8 @@ class MemorySwarm:
 
     merge: MergeEntries
     clock: Callable[[], float]
+    counting: Callable[[], Counting]
+    """What each holder counts with."""
     round_trip: float = 0.001
     """What every node measures to every other, in seconds."""
     round_trips: dict[str, float] = field(default_factory=dict)
@@ -201,6 +203,7 @@ class MemoryNetwork:
         self._number = next(swarm.numbers)
         self._handlers: dict[str, StreamHandler] = {}
         self._entries: dict[bytes, list[bytes]] = {}
+        self._counting = swarm.counting()
         self.peers: set[str] = set()
         self.streams: list[tuple[MemoryStream, _Count]] = []
 
@@ -303,6 +306,7 @@ class MemoryNetwork:
             if self._swarm.merge([], [entry], now):
                 existing = holder._entries.get(key, [])
                 holder._entries[key] = self._swarm.merge(existing, [entry], now)
+                holder._counting.count(key, [entry], now)
                 taken += holder is not self
         return taken
 
@@ -313,6 +317,13 @@ class MemoryNetwork:
         for holder in self._holders():
             found = self._swarm.merge(found, holder._entries.get(key, []), self._swarm.clock())
         return found
+
+    async def sums(self, key: bytes) -> list[bytes]:
+        await trio.lowlevel.checkpoint()
+        _check_key(key)
+        others = [holder for holder in self._holders() if holder is not self]
+        said = [holder._counting.sums(key, self._swarm.clock()) for holder in others]
+        return [sums for sums in said if sums is not None]
 
     def statistics(self) -> NetworkStatistics:
         sent: Counter[str] = Counter()
@@ -348,8 +359,29 @@ def _check_key(key: bytes) -> None:
         raise LocalProtocolError(f"{key!r} is no key of the directory")
 
 
-def expiring_merge(existing: list[bytes], incoming: list[bytes], now: float) -> list[bytes]:
+class CountingEntries:
+    """Counts for tests: how many different entries were written at a key."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, set[bytes]] = {}
+
+    def count(self, key: bytes, entries: Sequence[bytes], now: float) -> None:
+        del now
+        self._seen.setdefault(key, set()).update(entries)
+
+    def sums(self, key: bytes, now: float) -> bytes | None:
+        del now
+        return b"%d" % len(self._seen[key]) if key in self._seen else None
+
+    def sweep(self, now: float) -> None:
+        pass
+
+
+def expiring_merge(
+    existing: list[bytes], incoming: list[bytes], now: float, *, whole: bool = False
+) -> list[bytes]:
     """A merge for tests: an entry is ``writer sequence expiry``; anything else is a forgery."""
+    del whole  # it never keeps fewer
     newest: dict[str, tuple[int, float]] = {}
     for entry in (*existing, *incoming):
         try:

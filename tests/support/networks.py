@@ -10,7 +10,12 @@ from petals.node.identity import Identity, new_identity
 from petals.node.libp2p_network import Libp2pNetwork, NetworkLimits, open_network
 from petals.node.network import Directory, Network, Stream
 from petals.node.private import Privacy
-from support.memory_network import MemoryNetwork, MemorySwarm, expiring_merge
+from support.memory_network import (
+    CountingEntries,
+    MemoryNetwork,
+    MemorySwarm,
+    expiring_merge,
+)
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 ECHO = "/petals/echo/1"
@@ -53,6 +58,7 @@ class Libp2pWorld:
         return open_network(
             identity or new_identity(),
             merge=expiring_merge,
+            counting=CountingEntries(),
             clock=self.clock,
             listen=[listen] if serve else [],
             bootstrap=bootstrap,
@@ -70,7 +76,7 @@ class MemoryWorld:
 
     def __init__(self) -> None:
         self.clock = WallClock()
-        self.swarm = MemorySwarm(merge=expiring_merge, clock=self.clock)
+        self.swarm = MemorySwarm(expiring_merge, self.clock, CountingEntries)
 
     def network(
         self, *, serve: bool = True, bootstrap: Sequence[str] = ()
