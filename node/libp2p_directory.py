@@ -17,6 +17,7 @@ leaves it when it doesn't.
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from secrets import SystemRandom
 from typing import Protocol
 
 import msgpack
@@ -70,6 +71,7 @@ _MAX_RECORD_BYTES = 256 * 1024  # four times what a merged map should hold
 _MAX_ENTRIES = 1024
 _MAX_MESSAGE_BYTES = 1024 * 1024
 _MAX_REMEMBERED = 256  # keys whose holders are; a model of 80 blocks has ten
+_dice = SystemRandom()
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,6 @@ class Libp2pDirectory:
         self._clock = clock
         self._limits = limits or DirectoryLimits()
         self._serves = serve
-        self._turn = 0
         self._remembered: dict[bytes, tuple[list[ID], float]] = {}
         """Who holds a key, and until when that is believed."""
         self._store = _MergingStore(host, merge, counting, clock, self._limits)
@@ -308,15 +309,13 @@ class Libp2pDirectory:
 
         with trio.move_on_after(self._limits.lookup_seconds):
             holders = await self._holders(key)
-            # turn by turn, for each may hold others of very many
-            self._turn += self._limits.readers
-            start = self._turn % max(1, len(holders))
-            ordered = [*holders[start:], *holders[:start]]
+            # others each time: of very many each holds a sample of its own, and some may hold back
+            drawn = _dice.sample(holders, len(holders))
             all_hold = len(holders) >= self._limits.holders
             few = self._limits.readers if all_hold else len(holders)
-            await self._read(key, key, ordered[:few], collect)
+            await self._read(key, key, drawn[:few], collect)
             if not found:
-                await self._read(key, key, ordered[few:], collect)
+                await self._read(key, key, drawn[few:], collect)
         return self._merge(self._store.live(key), list(found), self._clock(), whole=True)
 
     async def sums(self, key: bytes) -> list[bytes]:

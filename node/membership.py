@@ -26,7 +26,7 @@ from ..protocol.errors import PeerError, PetalsError, RemoteProtocolError
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm, model_mismatch
 from ..protocol.tally import Totals, agreed
-from ..protocol.upkeep import Upkeep, upkeep
+from ..protocol.upkeep import Upkeep, sampled, upkeep
 from .network import Directory
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class Membership:
         self._under_way: dict[tuple[str, int], _Refresh] = {}
         self._refreshed_at: dict[tuple[str, int], float] = {}
         self._known = 0
+        self._sampled: dict[tuple[str, int], bool] = {}
 
     @property
     def own(self) -> Announcement | None:
@@ -190,6 +191,10 @@ class Membership:
                 refresh.finished.set()
         if refresh.error is not None:
             raise PeerError(refresh.error)
+
+    def shows_a_sample(self, fingerprint: str, num_blocks: int) -> bool:
+        """Whether the last reading of a model showed only some of its nodes (``upkeep.sampled``)."""
+        return self._sampled.get((fingerprint, num_blocks), False)
 
     async def find(self, model_name: str | None = None) -> list[Announcement]:
         """Peers listed under a model's name, whatever its fingerprint; under any name if None.
@@ -299,7 +304,9 @@ class Membership:
         if len(errors) == len(keys):
             return f"cannot find out who serves the model: {errors[0]}"
         self._refreshed_at[fingerprint, num_blocks] = trio.current_time()
-        self._known = len(self._swarm.peers(self._clock(), fingerprint))
+        known = self._swarm.peers(self._clock(), fingerprint)
+        self._known = len(known)
+        self._sampled[fingerprint, num_blocks] = sampled(known, num_blocks)
         return None
 
     def _decoded(self, entries: Iterable[bytes]) -> list[Announcement]:

@@ -28,20 +28,11 @@ from ..protocol.coordinates import Coordinate
 from ..protocol.errors import ConfigError, PeerError, PetalsError
 from ..protocol.expected import Expected
 from ..protocol.frames import DESCRIBE_PROTOCOL, PROTOCOL_VERSION, SESSION_PROTOCOL, Hello
-from ..protocol.placement import (
-    Move,
-    choose_span,
-    choose_span_by,
-    placed,
-    should_level,
-    should_move,
-)
 from ..protocol.round_trips import ends, successors
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
-from ..protocol.tally import Tallies, Totals
+from ..protocol.tally import Tallies
 from ..protocol.tensor import DType
-from ..protocol.upkeep import SHORTEST_LOOK, sampled
 from . import describe, saved_session
 from .config import NodeConfig
 from .identity import load_identity, new_identity
@@ -52,6 +43,7 @@ from .loopback import LoopbackNetwork
 from .membership import Membership
 from .mending import Recovery
 from .network import Stream
+from .placing import Placing
 from .private import Privacy
 from .reachability import Reachability
 from .rebalance import Rebalance
@@ -70,13 +62,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REJOIN_INTERVAL = 20.0
-"""Seconds between two looks at whether anybody is connected; if not, bootstrap again."""
+"""Seconds between two looks at whether anybody is connected, and every bootstrap peer."""
 LEAVE_TIMEOUT = 3.5
 """Seconds for leaving in good order, of the five that a user waits at most."""
 RUNNING_STEPS_PATIENCE = 1.0
-LOOK_INTERVAL = 5.0
-"""Seconds between two looks at whether to move, where what is known is all that there is: that costs
-nothing."""
 DESCRIBED_PEERS = 64
 """How many peers ``survey`` asks for their present load; the others are as they announced."""
 REMEMBERED_RECOVERIES = 64
@@ -529,7 +518,17 @@ class Node:
         membership.watch(checkpoint.fingerprint, checkpoint.num_blocks)
         capacity = await self._in_torch_thread(partial(serving.capacity, checkpoint, self.config))
         self._dtype = capacity.dtype
-        self._span = capacity.span or await self._choose_span(checkpoint, capacity.num_blocks)
+        placing = Placing(
+            membership,
+            self._swarm,
+            fingerprint=checkpoint.fingerprint,
+            num_blocks=checkpoint.num_blocks,
+            capacity_blocks=capacity.num_blocks,
+            ourselves=self._ourselves,
+            clock=wall_clock,
+            dice=self._dice,
+        )
+        self._span = capacity.span or await placing.choose()
         nursery = self._running_nursery()
         await nursery.start(membership.run)
         server = BlockServer(
@@ -547,52 +546,13 @@ class Node:
         await membership.announce()
         if capacity.span is None and capacity.num_blocks < checkpoint.num_blocks:
             rebalance = Rebalance(
-                interval=self._look_interval,
-                look=partial(self._better_place, checkpoint, capacity.num_blocks),
-                refresh=partial(self._know_anew, checkpoint),
+                interval=placing.interval,
+                look=placing.look,
+                refresh=placing.know_anew,
                 move=server.move,
                 dice=self._dice,
             )
             nursery.start_soon(rebalance.run)
-
-    async def _choose_span(self, checkpoint: "Checkpoint", num_blocks: int) -> Span:
-        with contextlib.suppress(PeerError):  # nobody there: everything is equally weak
-            await self._running_membership().refresh(checkpoint.fingerprint, checkpoint.num_blocks)
-        known = self._swarm.peers(wall_clock(), checkpoint.fingerprint)
-        if sampled(known, checkpoint.num_blocks):
-            totals = await self._totals(checkpoint)
-            if totals is not None:
-                return choose_span_by(totals.serving, totals.loading, num_blocks, self._dice)
-        return choose_span(known, checkpoint.num_blocks, num_blocks, self._dice)
-
-    async def _totals(self, checkpoint: "Checkpoint") -> Totals | None:
-        """What each block of a swarm has that is too large to be known node by node."""
-        model = checkpoint.fingerprint, checkpoint.num_blocks
-        return await self._running_membership().totals(*model)
-
-    def _look_interval(self) -> float:
-        wanted = self._running_membership().upkeep.look_interval
-        return LOOK_INTERVAL if wanted <= SHORTEST_LOOK else wanted
-
-    async def _know_anew(self, checkpoint: "Checkpoint") -> None:
-        known = self._swarm.peers(wall_clock(), checkpoint.fingerprint)
-        if not sampled(known, checkpoint.num_blocks):  # else every look asks for the totals
-            model = checkpoint.fingerprint, checkpoint.num_blocks
-            await self._running_membership().refresh(*model)
-
-    async def _better_place(self, checkpoint: "Checkpoint", capacity: int) -> Move | None:
-        own = self._ourselves()
-        if own is None:
-            return None
-        total = checkpoint.num_blocks
-        (ours,) = placed([own], total)
-        known = self._swarm.peers(wall_clock(), checkpoint.fingerprint)
-        if sampled(known, total):
-            totals = await self._totals(checkpoint)
-            return None if totals is None else should_level(ours, totals.throughput, capacity)
-        others = placed(known, total)
-        # a plan for a dozen nodes takes a quarter of a second when it is made for the first time
-        return await trio.to_thread.run_sync(should_move, ours, others, total, capacity)
 
     async def _open_checkpoint(self) -> "Checkpoint":
         if self._checkpoint is not None:
@@ -613,13 +573,21 @@ class Node:
         return await wait_future(self._torch.run(function))
 
     async def _stay_joined(self) -> None:
-        """Bootstrap again when nobody is connected any more (an outage, a restarted peer)."""
-        network = self._running_network()
-        while self.config.bootstrap or self.config.looks_around:
+        """Bootstrap again: soon when nobody is connected any more, else now and then, for peers we miss.
+
+        One that has been restarted knows nobody, and whoever joins through it would be alone with it.
+        """
+        network, bootstrap = self._running_network(), self.config.bootstrap
+        tried = trio.current_time()
+        while bootstrap or self.config.looks_around:
             await trio.sleep(REJOIN_INTERVAL)
-            if not network.connected_peers():
-                reached = await network.join(self.config.bootstrap)
-                logger.info("nobody was connected; reached %d peers", reached)
+            connected = network.connected_peers()
+            missed = [peer for peer in bootstrap if peer.rpartition("/p2p/")[2] not in connected]
+            rests = tried + self._running_membership().upkeep.refresh_interval
+            if not connected or (missed and trio.current_time() >= rests):
+                tried = trio.current_time()
+                reached = await network.join(missed)
+                logger.info("missed %d bootstrap peers, reached %d", len(missed), reached)
 
     async def _tell_how_we_are_reached(self) -> None:
         while True:

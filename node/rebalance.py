@@ -49,7 +49,7 @@ class Rebalance:
     ) -> None:
         """``interval`` is what should pass between two looks now, in seconds. ``look`` says where this node should be, if elsewhere, by what is known now.
 
-        ``refresh`` asks the swarm anew; ``move`` returns when the new span is served. Both may
+        ``refresh`` asks the swarm anew; ``move`` returns when the new span is served. All three may
         raise PetalsError.
         """
         self._interval = interval
@@ -64,19 +64,11 @@ class Rebalance:
         settings = self._settings
         while True:
             await trio.sleep(self._interval() * (0.5 + self._dice.random()))
-            wanted = await self._look()
-            if wanted is None:
-                continue
-            longest = settings.urgent_wait if wanted.urgent else settings.wait
-            await trio.sleep(longest * self._dice.random())
             try:
-                with trio.move_on_after(settings.refresh_timeout) as asking:
-                    await self._refresh()
+                wanted = await self._wanted()
             except PetalsError as error:
-                logger.debug("could not ask the swarm before moving: %s", error)
+                logger.debug("could not ask the swarm where this node should be: %s", error)
                 continue
-            # Who has lost the others sees gaps everywhere.
-            wanted = None if asking.cancelled_caught else await self._look()
             if wanted is None:
                 continue
             try:
@@ -84,3 +76,16 @@ class Rebalance:
             except PetalsError as error:
                 logger.warning("cannot move to blocks %s: %s", wanted.span, error)
                 await trio.sleep(settings.failed_pause)
+
+    async def _wanted(self) -> Move | None:
+        """Where to go, if that is so twice with a while between."""
+        settings = self._settings
+        wanted = await self._look()
+        if wanted is None:
+            return None
+        longest = settings.urgent_wait if wanted.urgent else settings.wait
+        await trio.sleep(longest * self._dice.random())
+        with trio.move_on_after(settings.refresh_timeout) as asking:
+            await self._refresh()
+        # Who has lost the others sees gaps everywhere.
+        return None if asking.cancelled_caught else await self._look()

@@ -283,7 +283,7 @@ def _promising(
     return [
         peer
         for peer, score in zip(peers, scores, strict=True)
-        if score < most or random() < OTHERS_LOOKED_AT
+        if score <= most or random() < OTHERS_LOOKED_AT
     ]
 
 

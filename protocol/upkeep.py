@@ -23,6 +23,8 @@ SMALL_FOR_ANNOUNCE = 100
 SHORTEST_REFRESH = SHORTEST_LOOK = 20.0
 SMALL_FOR_REFRESH = 75
 LONGEST_LOOK = 7200.0
+LONGEST_REFRESH = 14_400.0
+"""After which a node must know that its swarm has shrunk."""
 ROUND_TRIPS_OF_ALL = 1600
 FULL = 200
 """Peers known at one region from which on its records must be taken to be full. Each holds about 170 then,
@@ -48,7 +50,8 @@ class Upkeep:
 def upkeep(known: int) -> Upkeep:
     """What is right where a reading has brought ``known`` peers."""
     announce = min(LONGEST_ANNOUNCE, SHORTEST_ANNOUNCE * max(1.0, known / SMALL_FOR_ANNOUNCE))
-    refresh = SHORTEST_REFRESH * max(1.0, known / SMALL_FOR_REFRESH) ** 3
+    grown = SHORTEST_REFRESH * max(1.0, known / SMALL_FOR_REFRESH) ** 3
+    refresh = min(LONGEST_REFRESH, grown)
     return Upkeep(
         announce,
         3 * announce,

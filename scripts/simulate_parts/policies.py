@@ -137,11 +137,14 @@ class Ours:
         _, nodes = self._placement_view(now)
         (own,) = placed([self._says(node)], NUM_BLOCKS)
         if self._sampled:
+            # who holds the records was looked up too long ago
+            self.traffic.reading += REGIONS * lookup_bytes(len(self._state.there()))
             throughput = self._read_totals(now).throughput
             began = time.process_time()
             move = should_level(own, throughput, len(own.span))
         else:
-            if self._upkeep.look_interval < self._upkeep.refresh_interval:
+            first_gone = self._upkeep.time_to_live - self._upkeep.announce_interval
+            if self._upkeep.refresh_interval > first_gone:  # what it has read has expired
                 self._read_regions(now)
             others = [other for other in nodes if other.peer_id != peer_id(node)]
             began = time.process_time()

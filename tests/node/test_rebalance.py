@@ -33,11 +33,15 @@ class Swarm:
         self.looks = list(looks)
         self.failing = list(failing)
         self.moves: list[tuple[float, Span]] = []
-        self.refreshed = 0
+        self.looked = self.refreshed = 0
+        self.unreadable = False
         self.cut_off = False
 
     async def look(self) -> Move | None:
         await trio.lowlevel.checkpoint()
+        self.looked += 1
+        if self.unreadable:
+            raise PeerError("nobody answers")
         return self.looks.pop(0) if self.looks else None
 
     async def refresh(self) -> None:
@@ -111,4 +115,12 @@ def test_a_node_that_has_lost_the_swarm_stays(clock: MockClock) -> None:
     swarm.cut_off = True
     run(swarm, 100, clock)
     assert swarm.refreshed > 1
+    assert not swarm.moves
+
+
+def test_a_node_that_cannot_look_tries_again(clock: MockClock) -> None:
+    swarm = Swarm(AT_ONCE, AT_ONCE)
+    swarm.unreadable = True
+    run(swarm, 100, clock)
+    assert swarm.looked > 1
     assert not swarm.moves

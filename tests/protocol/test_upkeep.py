@@ -3,7 +3,14 @@ from itertools import pairwise
 import pytest
 from petals.protocol.announcement import MAX_ROUND_TRIPS, MAX_TIME_TO_LIVE
 from petals.protocol.span import Span
-from petals.protocol.upkeep import FULL, LONGEST_ANNOUNCE, LONGEST_LOOK, sampled, upkeep
+from petals.protocol.upkeep import (
+    FULL,
+    LONGEST_ANNOUNCE,
+    LONGEST_LOOK,
+    LONGEST_REFRESH,
+    sampled,
+    upkeep,
+)
 from support.announcements import announce
 
 BLOCKS = 24
@@ -20,7 +27,7 @@ def test_in_a_small_swarm_everybody_is_up_to_date(known: int) -> None:
 def test_in_a_large_one_nobody_asks_without_need() -> None:
     told = upkeep(1900)
     assert (told.announce_interval, told.time_to_live) == (LONGEST_ANNOUNCE, 3 * LONGEST_ANNOUNCE)
-    assert told.refresh_interval > 86400
+    assert told.refresh_interval == LONGEST_REFRESH
     assert told.look_interval == LONGEST_LOOK
     assert told.round_trips == 0
 

@@ -198,6 +198,13 @@ class ProcessSwarm:
         self.bootstrap = self._start()
         self.bootstrap.wait_serving()
 
+    def restart_bootstrap(self) -> None:
+        """Start the bootstrap peer again, which has ended: it is the same, and knows nothing."""
+        listen, _, _ = self.address.partition("/p2p/")
+        self.bootstrap = ServingNode(self.bootstrap.folder, listen=listen, haste=self._haste)
+        self._stack.enter_context(self.bootstrap)
+        self.bootstrap.wait_serving()
+
     @property
     def address(self) -> str:
         """The bootstrap peer's."""
