@@ -140,9 +140,10 @@ class LatencyEstimates:
         if sender == receiver:
             return 0.0
         # in one piece, because planning asks for thousands
+        round_trip = None
         if sender is None or receiver is None:
             round_trip = self.measured.get(sender or receiver or "")
-        else:
+        elif self.announced:  # nobody announces any in a large swarm
             round_trip = self.announced.get(sender, _NOTHING).get(receiver)
             if round_trip is None:
                 round_trip = self.announced.get(receiver, _NOTHING).get(sender)
