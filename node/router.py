@@ -17,7 +17,7 @@ from ..protocol.coordinates import Coordinate
 from ..protocol.dice import Dice
 from ..protocol.errors import NoRoute, PeerError
 from ..protocol.expected import EXPECTED_BLOCKS
-from ..protocol.routing import LatencyEstimates, Route, RouteHop, plan_route
+from ..protocol.routing import LatencyEstimates, Route, RouteHop, plan_by_places, plan_route
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
 from .describe import Ask
@@ -111,18 +111,27 @@ class SwarmRouter:
         source: str | None,
         sink: str | None,
     ) -> Route:
-        latency = LatencyEstimates.of(candidates, self._round_trips(), self._coordinate())
-        return plan_route(
+        def plan(peers: Sequence[Announcement], latency: LatencyEstimates) -> Route:
+            return plan_route(
+                peers,
+                span,
+                latency=latency,
+                dice=self._dice,
+                exclude=exclude,
+                failures=self._swarm.failures,
+                source=source,
+                sink=sink,
+                model_name=self._model_name,
+            )
+
+        return plan_by_places(
             candidates,
-            span,
-            latency=latency,
-            roughly=latency.roughly,
+            plan,
+            measured=self._round_trips(),
+            own=self._coordinate(),
             dice=self._dice,
-            exclude=exclude,
-            failures=self._swarm.failures,
             source=source,
             sink=sink,
-            model_name=self._model_name,
         )
 
     def _choice(

@@ -14,9 +14,9 @@ Rules of this file:
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
 from itertools import chain, groupby
 
 from .announcement import Announcement
@@ -157,19 +157,6 @@ class LatencyEstimates:
         dialled = sender if receiver is None else receiver
         return round_trip / 2 + (RELAY_SECONDS if dialled in self.relayed else 0.0)
 
-    def roughly(self, node: str | None, peers: Sequence[Announcement]) -> list[float]:
-        """About how many seconds one way from a node to each of many, quickly."""
-        here = self.coordinates.get(node)
-        if here is None:
-            return [DEFAULT_LATENCY] * len(peers)
-        position, height, dist = here.position, here.height, math.dist
-        return [
-            DEFAULT_LATENCY
-            if (there := peer.coordinate) is None
-            else (dist(position, there.position) + height + there.height) / 2
-            for peer in peers
-        ]
-
     def _by_way_of_us(self, sender: str | None, receiver: str | None) -> float:
         # as if they stood at a right angle, seen from us: two that are near to us are near to each
         # other, one near and one far are far, and of two that are far too little is known
@@ -194,7 +181,6 @@ def plan_route(
     *,
     latency: Latency,
     dice: Dice,
-    roughly: Callable[[str | None, Sequence[Announcement]], Sequence[float]] | None = None,
     exclude: Collection[str] = (),
     failures: Callable[[str], int] = lambda _: 0,
     objective: Objective = Objective.LATENCY,
@@ -206,29 +192,11 @@ def plan_route(
 
     It leads from ``source`` to ``sink``: None is the originator, and a recovery names the hops
     that have survived before and behind the gap. Peers in ``exclude`` are not used, neither are
-    those two. ``roughly`` says quickly how far each of many is, so that of thousands not all have to
-    be looked at. Raises NoRoute with the blocks that no candidate serves.
+    those two. Raises NoRoute with the blocks that no candidate serves.
     """
     seen = list(candidates)
-    cost = partial(
-        _costs,
-        num_blocks=len(span),
-        latency=latency,
-        dice=dice,
-        failures=failures,
-        objective=objective,
-        source=source,
-        sink=sink,
-    )
-    unusable = {source, sink, *exclude}
-    promising = seen
-    if len(seen) > MAX_LOOKED_AT and roughly is not None:
-        promising = _promising(seen, roughly(source, seen), objective, dice)
-    useful = _useful(promising, span, unusable)
-    costs = cost(useful)
-    if promising is not seen and not all(costs.holders):
-        useful = _useful(seen, span, unusable)
-        costs = cost(useful)
+    useful = _useful(seen, span, {source, sink, *exclude})
+    costs = _costs(useful, len(span), latency, dice, failures, objective, source, sink)
     if not all(costs.holders):
         missing = gaps([Span(start, end) for _, start, end in useful], len(span))
         raise no_route(
@@ -264,20 +232,56 @@ def no_route(model_name: str, missing: Sequence[Span], peers_seen: int) -> NoRou
     )
 
 
+def plan_by_places(
+    candidates: Iterable[Announcement],
+    plan: Callable[[Sequence[Announcement], LatencyEstimates], Route],
+    *,
+    measured: Mapping[str, float],
+    own: Coordinate,
+    dice: Dice,
+    source: str | None = None,
+    sink: str | None = None,
+) -> Route:
+    """``plan`` with estimates of the latencies, among the best at a glance where there are thousands.
+
+    Raises NoRoute as ``plan`` does when it is given all of them.
+    """
+    seen = list(candidates)
+    if len(seen) > MAX_LOOKED_AT:
+        ends = {peer.peer_id: peer for peer in seen if peer.peer_id in (source, sink)}
+        here = own if source is None else ends[source].coordinate if source in ends else None
+        promising = _promising(seen, here, dice)
+        latency = LatencyEstimates.of([*promising, *ends.values()], measured, own)
+        with suppress(NoRoute):
+            return plan(promising, latency)
+    return plan(seen, LatencyEstimates.of(seen, measured, own))
+
+
 def _promising(
-    peers: list[Announcement], ways: Sequence[float], objective: Objective, dice: Dice
+    peers: Sequence[Announcement], here: Coordinate | None, dice: Dice
 ) -> list[Announcement]:
-    """Of very many, those to look at closely: the best at a glance, and some of the others."""
-    alone = objective is Objective.LATENCY
-    weight = 2.0 if alone else 2 * THROUGHPUT_LATENCY
+    """Of very many, those to look at closely: the best at a glance, and some of the others.
+
+    All of them are looked at once, and no more of each than it takes: they come from memory, not from
+    a cache, which takes longer than computing.
+    """
+    here = here or Coordinate()
+    sure, dist = here.error <= SURE, math.dist
     scores = [
-        (way * weight * speed + LOAD_PER_BLOCK * peer.session_blocks)
+        (
+            (
+                2 * DEFAULT_LATENCY
+                if not sure or (there := peer.coordinate) is None
+                else dist(here.position, there.position) + here.height + there.height
+            )
+            * speed
+            + LOAD_PER_BLOCK * peer.session_blocks
+        )
         / (speed * (span.end - span.start))
         + 1 / speed
-        if (span := peer.span) is not None
-        and (speed := (peer.decode_speed if alone else peer.prefill_speed) or NOMINAL_SPEED)
+        if (span := peer.span) is not None and (speed := peer.decode_speed or NOMINAL_SPEED)
         else math.inf
-        for peer, way in zip(peers, ways, strict=True)
+        for peer in peers
     ]
     most = sorted(scores)[MAX_LOOKED_AT]
     random = dice.random

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +21,7 @@ from petals.protocol.placement import (
     should_level,
     should_move,
 )
-from petals.protocol.routing import LatencyEstimates, Route, plan_route
+from petals.protocol.routing import LatencyEstimates, Route, plan_by_places, plan_route
 from petals.protocol.span import Span
 from petals.protocol.tally import Totals
 from petals.protocol.upkeep import Upkeep, sampled, upkeep
@@ -167,14 +169,12 @@ class Ours:
         for _ in range(TRIES):
             began = time.process_time()
             try:
-                latency = LatencyEstimates.of(candidates, measured, own)
-                route = plan_route(
+                route = plan_by_places(
                     candidates,
-                    Span(0, NUM_BLOCKS),
-                    latency=latency,
-                    roughly=latency.roughly,
+                    partial(self._route, dead),
+                    measured=measured,
+                    own=own,
                     dice=self._dice,
-                    exclude=dead,
                 )
             except NoRoute:
                 return None
@@ -185,6 +185,12 @@ class Ours:
                 return Planned(route, numbers, seconds, len(dead))
             dead |= gone
         return None
+
+    def _route(
+        self, dead: set[str], peers: Sequence[Announcement], latency: LatencyEstimates
+    ) -> Route:
+        whole = Span(0, NUM_BLOCKS)
+        return plan_route(peers, whole, latency=latency, dice=self._dice, exclude=dead)
 
     def minute(self, now: float) -> None:
         self._regions(now)

@@ -22,6 +22,7 @@ from petals.protocol.routing import (
     block_seconds,
     load_seconds,
     no_route,
+    plan_by_places,
     plan_route,
 )
 from petals.protocol.span import Span
@@ -285,42 +286,41 @@ def test_what_nobody_has_measured_follows_from_coordinates() -> None:
     assert latency(peer_id(3), None) == 0.25
     assert latency(peer_id(1), peer_id(4)) == DEFAULT_LATENCY
     assert latency(None, peer_id(4)) == DEFAULT_LATENCY
-    about = latency.roughly(None, [*peers[:2], announce(5, MODEL)])
-    assert about == pytest.approx([0.008, 0.058, DEFAULT_LATENCY])
-    assert LatencyEstimates.of(peers).roughly(None, peers) == [DEFAULT_LATENCY] * 4
 
 
-@pytest.mark.parametrize("objective", list(Objective))
-def test_of_very_many_the_best_at_a_glance_are_looked_at_and_whoever_is_needed(
-    objective: Objective,
-) -> None:
+def test_of_very_many_the_best_at_a_glance_are_looked_at_and_whoever_is_needed() -> None:
+    here, far = Coordinate((0.0, 0.0, 0.0), 0.002, 0.1), Coordinate((9.0, 0.0, 0.0), 0.002, 0.1)
     crowd = [
-        announce(1, Span(0, 7), decode_speed=50.0 + number % 100, prefill_speed=0.0)
+        announce(1, Span(0, 7), decode_speed=50.0 + number % 100)
         for number in range(2 * MAX_LOOKED_AT)
     ]
     crowd = [replace(peer, peer_id=f"peer {number}") for number, peer in enumerate(crowd)]
     idle = replace(crowd[0], peer_id="idle", span=None)
-    fastest = replace(crowd[0], peer_id="fastest", decode_speed=9000.0, prefill_speed=9000.0)
+    fastest = replace(crowd[0], peer_id="fastest", decode_speed=9000.0, coordinate=here)
+    behind = replace(fastest, peer_id="behind", decode_speed=9900.0, coordinate=far)
     alone = replace(crowd[0], peer_id="alone", span=Span(7, 8), decode_speed=1.0)
 
-    def roughly(_: str | None, peers: Sequence[Announcement]) -> list[float]:
-        return [0.01] * len(peers)
+    def route(
+        *peers: Announcement, blocks: Span, own: Coordinate = here, source: str | None = None
+    ) -> list[str]:
+        def plan(peers: Sequence[Announcement], latency: LatencyEstimates) -> Route:
+            looked.append(len(peers))
+            return plan_route(peers, blocks, latency=latency, dice=dice(), source=source)
 
-    def plan(*peers: Announcement, blocks: Span) -> list[str]:
-        route = plan_route(
-            peers,
-            blocks,
-            latency=lambda *_: 0.01,
-            roughly=roughly,
-            dice=dice(),
-            objective=objective,
-        )
-        return [hop.peer_id for hop in route.hops]
+        planned = plan_by_places(peers, plan, measured={}, own=own, dice=dice(), source=source)
+        return [hop.peer_id for hop in planned.hops]
 
-    assert plan(*crowd, fastest, blocks=Span(0, 7)) == ["fastest"]
+    looked: list[int] = []
+    assert route(*crowd, fastest, behind, blocks=Span(0, 7)) == ["fastest"]
+    assert looked.pop() < 1.3 * MAX_LOOKED_AT
+    for unsure in (Coordinate(), here):
+        hops = route(*crowd, idle, fastest, blocks=Span(0, 7), own=unsure, source="idle")
+        assert hops == ["fastest"]
+    assert route(*crowd, fastest, blocks=Span(0, 7), source="unknown") == ["fastest"]
     for seed in range(3):
         rolls = dice(seed)
         shuffled = sorted([*crowd, idle, fastest, alone], key=lambda _: rolls.random())
-        assert plan(*shuffled, blocks=MODEL) == ["fastest", "alone"]
+        assert route(*shuffled, blocks=MODEL) == ["fastest", "alone"]
     with pytest.raises(NoRoute, match="blocks 7:8"):
-        plan(*crowd, blocks=MODEL)
+        route(*crowd, blocks=MODEL)
+    assert route(fastest, alone, blocks=MODEL) == ["fastest", "alone"], "few need no glance"
