@@ -9,7 +9,7 @@ Whatever is wrong with a model raises ModelError, in words.
 
 import operator
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,24 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..protocol.errors import ModelError
+from ..protocol.manifest import ENDS, FILES, Manifest
 from ..protocol.span import Span
 from .cache import CacheShape
 from .device import as_device
 from .families import Dimensions, Family, find_family
-from .fingerprint import compute_fingerprint
 from .gguf import load_gguf_tokenizer, open_gguf
-from .hub import GgufSource, Source, open_source
+from .hub import FetchedSource, GgufSource, Source, open_source
 from .kernels import WeightFormat, widens
 from .loading import fill_module
 from .model import Blocks, Ends
 from .precision import Precision, resolve_precision
 from .progress import Progress, Step
 from .self_test import require_exact
+from .shards import ReadFile, ShardReader, known_manifest, make_manifest, read_small_file
 from .weights import Weights, open_weights, read_json
+
+_LARGE = 4 * 10**9
+"""Bytes that take ten seconds to read and hash."""
 
 
 class Checkpoint:
@@ -43,7 +47,9 @@ class Checkpoint:
         config: Any,
         weights: Weights,
         *,
-        fingerprint: str,
+        read_file: ReadFile,
+        manifest: Manifest | None,
+        progress: Progress | None,
         generation_config: Mapping[str, Any] | None,
         cache_dir: Path | None,
     ) -> None:
@@ -53,8 +59,9 @@ class Checkpoint:
         """transformers' config object."""
         self.family = family
         self.dimensions: Dimensions = family.dimensions(config)
-        self.fingerprint = fingerprint
-        """Hexadecimal; see ``fingerprint.py`` for what it covers."""
+        self._read_file = read_file
+        self._manifest = manifest
+        self._progress = progress
         self._source = source
         self._weights = weights
         self._cache_dir = cache_dir
@@ -65,6 +72,94 @@ class Checkpoint:
     def location(self) -> str:
         """Where transformers finds it: a folder, or a hub id."""
         return str(self._source.location)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the model consists of. Reads all of its files, if nobody has told it."""
+        if self._manifest is None:
+            self._manifest = make_manifest(
+                self._source,
+                self._weights,
+                self._read_file,
+                partial(self.family.block_prefix, self.config),
+                self.num_blocks,
+                progress=self._progress,
+            )
+        return self._manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's identity, 64 hexadecimal digits: the hash of its manifest."""
+        return self.manifest.fingerprint
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of its weight files are here, so that nothing has to be downloaded."""
+        return all(map(self._source.local, self._weights.filenames))
+
+    @property
+    def quick(self) -> bool:
+        """Whether its manifest can be had in a moment: its files are here, and small or known."""
+        if self._manifest is not None:
+            return True
+        if not self.complete:
+            return False
+        if self._weights_size() < _LARGE:
+            return True
+        self._manifest = known_manifest(self._weights, self._read_file, self.num_blocks)
+        return self._manifest is not None
+
+    @property
+    def local_only(self) -> bool:
+        """Whether nothing of it can be downloaded."""
+        return self._source.local_only
+
+    @property
+    def stored_bytes(self) -> int | None:
+        """How large all of its weight files are; None if that is not known before they are here."""
+        if self.complete:
+            return self._weights_size()
+        metadata = (self._weights.index or {}).get("metadata")
+        size = metadata.get("total_size") if isinstance(metadata, dict) else None
+        return size if isinstance(size, int) else None
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are, or will be when they are downloaded."""
+        return self._source.folder
+
+    def _weights_size(self) -> int:
+        paths = map(self._weights.path, self._weights.filenames)
+        return sum(path.stat().st_size for path in paths)
+
+    def adopt(self, manifest: Manifest) -> bool:
+        """Take ``manifest`` for the model's, if small files and tensors' names agree with it.
+
+        So must a chunk of each part of the weights that is here. Whether all of them do is for its
+        user to check, as they are used.
+        """
+        names = set(self._weights.names)
+        tensors = (entry.name for shard in manifest.shards[ENDS:] for entry in shard.entries)
+        if len(manifest.blocks) != self.num_blocks or not names.issuperset(tensors):
+            return False
+        files = ShardReader(self._source, self._weights, self._read_file, manifest)
+        try:
+            here = filter(files.has, range(ENDS, len(manifest.shards)))
+            agreed = all(
+                map(partial(files.is_right, FILES), range(manifest.files.num_chunks))
+            ) and all(
+                files.is_right(number, manifest.shards[number].num_chunks // 2) for number in here
+            )
+        except ModelError:  # one of the files is not there, or has tensors of other shapes
+            return False
+        if agreed:
+            self._manifest = manifest
+        return agreed
+
+    @cached_property
+    def shards(self) -> ShardReader:
+        """The chunks that its files have."""
+        return ShardReader(self._source, self._weights, self._read_file, self.manifest)
 
     @property
     def num_blocks(self) -> int:
@@ -225,6 +320,7 @@ class Checkpoint:
                     source.location,
                     cache_dir=self._cache_dir,
                     local_files_only=source.local_only,
+                    trust_remote_code=False,  # else it asks whoever sits at the terminal
                 )
         # transformers, tokenizers and the hub raise errors of many classes here.
         except Exception as error:
@@ -240,16 +336,39 @@ def open_checkpoint(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
     tried: bool = False,
+    manifest: Manifest | None = None,
 ) -> Checkpoint:
     """Open ``demo``, a folder in Hugging Face layout, a GGUF file, or a model of the hub by its id.
 
     On the hub, this fetches the config and the index; of an unsharded model the whole weights.
     ``cache_dir`` is the hub's cache, None its usual place. A model of a family that has to be tried
-    is tried, unless it is ``tried`` already. Raises ModelError in words.
+    is tried, unless it is ``tried`` already. ``manifest``: what the model is known to consist of; else
+    that is found out when it is asked for. Raises ModelError in words.
     """
     source = open_source(str(name_or_path), cache_dir=cache_dir, progress=progress)
     if progress is not None:
         progress(Step(f"opening {source.name}"))
+    return _open(source, progress, tried=tried, manifest=manifest, cache_dir=cache_dir)
+
+
+def open_fetched(
+    name: str, folder: Path, shards: Path, manifest: Manifest, progress: Progress | None = None
+) -> Checkpoint:
+    """Open a model from peers: its small files are in ``folder``, ``shards`` get its weights.
+
+    Raises ModelError in words.
+    """
+    return _open(FetchedSource(name, folder, shards), progress, manifest=manifest)
+
+
+def _open(
+    source: Source,
+    progress: Progress | None,
+    *,
+    tried: bool = False,
+    manifest: Manifest | None = None,
+    cache_dir: Path | None = None,
+) -> Checkpoint:
     file = open_gguf(source) if isinstance(source, GgufSource) else None
     raw = _read_config(source) if file is None else file.config
     family, config = _parsed(source, raw)
@@ -260,14 +379,14 @@ def open_checkpoint(
         weights = open_weights(source, family.canonical)
     else:
         weights = file.weights(config, family.canonical)
-    if progress is not None and weights.index is None:
-        progress(Step(f"hashing {weights.filenames[0]}"))
     return Checkpoint(
         source,
         family,
         config,
         weights,
-        fingerprint=compute_fingerprint(family.architecture(raw, config), weights),
+        read_file=partial(read_small_file, source) if file is None else file.small_file,
+        manifest=manifest,
+        progress=progress,
         generation_config=None if generation_path is None else read_json(generation_path),
         cache_dir=cache_dir,
     )

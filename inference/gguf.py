@@ -9,10 +9,12 @@ shape is in memory as a whole only while it is packed.
 A file that says something that those tables would pass over is refused: it would be another model.
 """
 
+import json
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,7 @@ class Gguf:
         self._source = source
         self._identity = file_identity(source.path)
         self._tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
+        self._has_tokenizer = "tokenizer.ggml.tokens" in reader.fields
         kind: type[TensorProcessor] = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self._processor = kind(config=config)
 
@@ -103,20 +106,38 @@ class Gguf:
         places = {canonical(names[key]): Place(path.name, key) for key in self._tensors}
         return Weights(self._source, places, index=None, open_file=lambda _: (places, self._read))
 
+    def small_file(self, name: str) -> bytes | None:
+        """What a folder of this model would have under ``name``; None: nothing. Raises ModelError."""
+        return self._small_files.get(name)
+
+    @cached_property
+    def _small_files(self) -> dict[str, bytes]:
+        source = self._source
+        files = {"config.json": json.dumps(self.config, indent=2, sort_keys=True).encode()}
+        if not self._has_tokenizer:
+            return files
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                load_gguf_tokenizer(source).save_pretrained(folder)
+            # transformers, tokenizers and gguf raise errors of many classes here.
+            except Exception as error:
+                raise ModelError(f"{source.path}: its tokenizer cannot be read: {error}") from error
+            return files | {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
     def _read(self, key: str) -> Stored:
         tensor = self._tensors[key]
         path = self._source.path
         if key in _AS_THEY_ARE or type(self._processor) is TensorProcessor:
-            return Stored(
-                _shape(tensor),
-                self._checked(
-                    lambda pairs: [_as_torch(_dequantized(path, tensor, *at)) for at in pairs]
-                ),
+            rows = self._checked(
+                lambda pairs: [_as_torch(_dequantized(path, tensor, *at)) for at in pairs]
             )
+            return Stored(_shape(tensor), torch.float32, rows)
         values = _dequantized(path, tensor, 0, _shape(tensor)[0])
         whole = self._processor.process(values, name=key).weights
         kept = _as_torch(whole)
-        return Stored(kept.shape, lambda pairs: [kept[start:stop] for start, stop in pairs])
+        return Stored(
+            kept.shape, kept.dtype, lambda pairs: [kept[start:stop] for start, stop in pairs]
+        )
 
     def _checked(
         self, read: Callable[[Sequence[tuple[int, int]]], list[torch.Tensor]]

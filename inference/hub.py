@@ -16,6 +16,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils.tqdm import tqdm
 
 from ..protocol.errors import ModelError
+from ..protocol.manifest import SCHEME
 from .progress import Progress, Step
 
 DEMO = "demo"
@@ -36,8 +37,15 @@ class Source(Protocol):
     def local_only(self) -> bool:
         """Whether nothing can or need be downloaded."""
 
+    @property
+    def folder(self) -> Path:
+        """Where its files are, or are kept when they were downloaded."""
+
     def find(self, filename: str) -> Path | None:
         """The local path of a file of the model, fetched if need be; None if it has none such."""
+
+    def local(self, filename: str) -> Path | None:
+        """The same, but nothing is fetched."""
 
     def missing(self, what: str) -> str:
         """Why ``what`` could not be had, after ``find`` has returned None."""
@@ -57,9 +65,34 @@ class FolderSource:
         path = self.folder / filename
         return path if path.is_file() else None
 
+    local = find
+
     def missing(self, what: str) -> str:
         """See ``Source``."""
         return f"the folder {self.folder} holds no {what}"
+
+
+class FetchedSource:
+    """A model from peers: its small files in a folder, its weights filed by content hash."""
+
+    local_only = True
+
+    def __init__(self, name: str, folder: Path, shards: Path) -> None:
+        self.name = name
+        self.location = str(folder)
+        self.folder = shards
+        self._folders = (folder, shards)
+
+    def find(self, filename: str) -> Path | None:
+        """See ``Source``."""
+        paths = (folder / filename for folder in self._folders)
+        return next((path for path in paths if path.is_file()), None)
+
+    local = find
+
+    def missing(self, what: str) -> str:
+        """See ``Source``."""
+        return f"{what} was not fetched from the swarm"
 
 
 class GgufSource:
@@ -70,11 +103,14 @@ class GgufSource:
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self.path = path
+        self.folder = path.parent
         self.location = str(path.parent)
 
     def find(self, filename: str) -> Path | None:
         """See ``Source``."""
         return self.path if filename == self.path.name else None
+
+    local = find
 
     def missing(self, what: str) -> str:
         """See ``Source``."""
@@ -89,6 +125,7 @@ class HubSource:
         self.location = name
         self._bar_class = None if progress is None else _bar_class(progress)
         self._cache_dir = cache_dir
+        self.folder = cache_dir or Path(huggingface_hub.constants.HF_HUB_CACHE)
         self._unreachable = _why_unreachable(name)
 
     @property
@@ -126,6 +163,13 @@ class HubSource:
         # Transport, disk and cache fail with errors of several libraries, with no common class.
         except Exception as error:
             raise ModelError(f"{self.name}: cannot download {filename}: {error}") from error
+
+    def local(self, filename: str) -> Path | None:
+        """See ``Source``."""
+        path = huggingface_hub.try_to_load_from_cache(
+            self.name, filename, cache_dir=self._cache_dir
+        )
+        return Path(path) if isinstance(path, str) else None
 
     def missing(self, what: str) -> str:
         """See ``Source``."""
@@ -193,6 +237,11 @@ def open_source(name: str, *, cache_dir: Path | None, progress: Progress | None 
         raise ModelError(
             f"{name} is a file; give the folder that holds the model's config.json and weights, "
             "or a GGUF file"
+        )
+    if name.startswith(SCHEME):
+        raise ModelError(
+            f"the model {name} is fetched from peers by a node; here, give demo, the path of a model "
+            "folder or GGUF file, or a hub id"
         )
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise ModelError(

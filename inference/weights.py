@@ -26,6 +26,14 @@ from .hub import Source
 _STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Other dtypes are quantised in ways that need more than a conversion."""
 
+_SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+"""What safetensors calls them."""
+
 Rows = Callable[[Sequence[tuple[int, int]]], list[torch.Tensor]]
 """Entries ``start..stop-1`` along a tensor's first dimension for each pair, on the CPU."""
 
@@ -35,6 +43,8 @@ class Stored:
     """A tensor in a weight file."""
 
     shape: torch.Size
+    dtype: torch.dtype | None
+    """As stored; None: one that cannot be read, see ``_STORED``."""
     _read: Rows
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
@@ -78,6 +88,7 @@ class Weights:
         self._source = source
         self._places = places
         self._open = open_file or _open
+        self._paths: dict[str, Path] = {}
         self.index = index
         """The parsed index file of a sharded checkpoint; None for a single file."""
 
@@ -89,12 +100,23 @@ class Weights:
         """All weight files, sorted; most of them are perhaps not here."""
         return sorted({place.filename for place in self._places.values()})
 
+    @property
+    def names(self) -> list[str]:
+        """The canonical names of all tensors, sorted."""
+        return sorted(self._places)
+
+    def filename(self, name: str) -> str:
+        """The file that holds a tensor."""
+        return self._places[name].filename
+
     def path(self, filename: str) -> Path:
         """The local path of a weight file, fetched if need be."""
-        path = self._source.find(filename)
-        if path is None:
-            raise ModelError(f"{self._source.name}: {self._source.missing(filename)}")
-        return path
+        if filename not in self._paths:  # the hub would be asked each time
+            path = self._source.find(filename)
+            if path is None:
+                raise ModelError(f"{self._source.name}: {self._source.missing(filename)}")
+            self._paths[filename] = path
+        return self._paths[filename]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Stored]]:
         """Yield each of ``names`` with its tensor, file by file.
@@ -168,10 +190,7 @@ def _open(path: Path) -> tuple[list[str], Reader]:
 
 
 def _open_safetensors(path: Path) -> tuple[list[str], Reader]:
-    try:
-        identity = file_identity(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    identity = file_identity(path)
 
     @contextmanager
     def checked() -> Iterator[None]:
@@ -203,15 +222,23 @@ def _open_safetensors(path: Path) -> tuple[list[str], Reader]:
                 return [_convertible(path, key, entries[start:stop]) for start, stop in pairs]
 
         with opened() as file:
-            return Stored(torch.Size(file.get_slice(key).get_shape()), rows)
+            entries = file.get_slice(key)
+            dtype = _SAFETENSORS.get(entries.get_dtype())
+            return Stored(torch.Size(entries.get_shape()), dtype, rows)
 
     with opened() as file:
         return list(file.keys()), read
 
 
 def file_identity(path: Path) -> tuple[int, int, int]:
-    """What is different when the file is: rows are read from it for as long as the node runs."""
-    status = path.stat()
+    """What is different when the file is: rows are read from it for as long as the node runs.
+
+    Raises ModelError if there is none any more.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -222,8 +249,11 @@ def _open_pickle(path: Path) -> tuple[list[str], Reader]:
         tensor = content.get(key)
         if not isinstance(tensor, torch.Tensor):
             raise ModelError(f"{path} is corrupt: it holds no tensor {key}")
-        _convertible(path, key, tensor)
-        return Stored(tensor.shape, lambda pairs: [tensor[start:stop] for start, stop in pairs])
+
+        def rows(pairs: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+            return [_convertible(path, key, tensor)[start:stop] for start, stop in pairs]
+
+        return Stored(tensor.shape, tensor.dtype if tensor.dtype in _STORED else None, rows)
 
     return [key for key in content if isinstance(key, str)], read
 

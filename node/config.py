@@ -9,6 +9,7 @@ import platformdirs
 
 from ..protocol.admission import AdmissionLimits
 from ..protocol.errors import ConfigError
+from ..protocol.manifest import parse_model
 from ..protocol.span import Span
 from ..protocol.tensor import DType
 from .reachability import REACHABILITIES
@@ -20,6 +21,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 WIRE_DTYPES = ("auto", *(dtype.value for dtype in DType))
 QUANTIZATIONS = ("none", "int8", "nf4")
 MAX_PUBLIC_NAME = 64
+LEAST_UPLOAD_LIMIT = 0.1
+"""MiB a second; with less, a peer takes us for dead before it has a chunk."""
 DEFAULT_PATIENCE = 120.0
 """Seconds: a machine restarts, or somebody starts another one, in less."""
 
@@ -46,8 +49,13 @@ class NodeConfig:
     """What a node is to do. Raises ConfigError when it contradicts itself."""
 
     model: str | None = None
-    """``demo``, a folder in Hugging Face layout, or a hub id. None: a bootstrap peer, or a client
-    that only looks at the swarm."""
+    """``demo``, a folder in Hugging Face layout, a hub id, or ``petals:`` and the fingerprint of a
+    model that is fetched from peers. None: a bootstrap peer, or a client that only looks at the
+    swarm."""
+    fallback: str | None = None
+    """For a model that is fetched from peers: a folder or a hub id for what none of them has."""
+    seed: bool = False
+    """Serve no blocks, only give the model's files to others."""
     serve: bool = True
     """Whether others may use this node: it listens, and serves blocks if it has a model. Off, it
     only originates its own sessions."""
@@ -95,6 +103,11 @@ class NodeConfig:
     """``cpu``, ``cuda``, ``cuda:N``; ``auto`` takes CUDA when there is some."""
     cache_tokens: int | None = None
     """Tokens of KV cache for all sessions together. None: from the free memory."""
+    upload_limit: float | None = None
+    """MiB of weights a second that others are given at most; None: as fast as it goes."""
+    max_disk_space: float | None = None
+    """GiB that weights fetched from peers may take in the data dir, of all models together; those not
+    used for longest go first. None: what the disk has."""
     throughput: float | None = None
     """Tokens per second through one block that this node counts as, to the swarm; for a machine that
     has other things to do, too. None: what it has measured."""
@@ -106,6 +119,18 @@ class NodeConfig:
     """Seconds that a session waits while nobody can serve some blocks, before it fails."""
 
     def __post_init__(self) -> None:
+        if self.fetched_model is None and self.fallback is not None:
+            raise ConfigError(
+                "fallback: only a model that is fetched from peers (petals:…) has one"
+            )
+        if self.seed and (self.model is None or not self.serve):
+            raise ConfigError("seed: of which model? name it with model (--model)")
+        if self.seed and (self.blocks or self.num_blocks):
+            raise ConfigError("seed: serves no blocks; leave blocks and num_blocks out")
+        for amount, least in (("upload_limit", LEAST_UPLOAD_LIMIT), ("max_disk_space", 0.001)):
+            value = getattr(self, amount)
+            if value is not None and not least <= value < math.inf:
+                raise ConfigError(f"{amount}: must be {least:g} or more, got {value}")
         if self.announce and not self.serve:
             raise ConfigError("announce: a node that does not serve cannot be dialled")
         if self.reachability not in REACHABILITIES:
@@ -148,6 +173,14 @@ class NodeConfig:
             raise ConfigError(
                 f"public_name: must be 1 to {MAX_PUBLIC_NAME} printable characters, got {name!r}"
             )
+
+    @property
+    def fetched_model(self) -> str | None:
+        """The fingerprint of the model, if it is fetched from peers."""
+        try:
+            return None if self.model is None else parse_model(self.model)
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from error
 
     @property
     def looks_around(self) -> bool:

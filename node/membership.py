@@ -20,6 +20,7 @@ from ..protocol.announcement import (
     encode_signed,
     model_key,
     region_keys,
+    weights_key,
 )
 from ..protocol.dice import Dice
 from ..protocol.errors import PeerError, PetalsError, RemoteProtocolError
@@ -135,16 +136,17 @@ class Membership:
         to say. Does not raise when the directory fails.
         """
         announcement = None if self._left else self._current()
-        if announcement is None or announcement.span is None:
+        if announcement is None or (announcement.span is None and not announcement.shards):
             return None
         listed = self._dice.random() * self._size() < INDEX_WRITERS
         # the regions of the last announcement, too: nobody shall look for this node where it was
-        keys = {*region_keys(announcement.model, announcement.span)}
+        span = announcement.span
+        keys = set() if span is None else {*region_keys(announcement.model, span)}
         if announcement.moving_to is not None:  # where it counts already
             keys |= {*region_keys(announcement.model, announcement.moving_to)}
         elsewhere = self._regions - keys
         self._own, self._regions = announcement, frozenset(keys)
-        if listed:
+        if listed or span is None:
             keys |= _index(announcement)
         entry = encode_signed(announcement, self._sign)
         taken = await self._put(keys | elsewhere, entry, self._limiter)
@@ -195,6 +197,16 @@ class Membership:
     def shows_a_sample(self, fingerprint: str, num_blocks: int) -> bool:
         """Whether the last reading of a model showed only some of its nodes (``upkeep.sampled``)."""
         return self._sampled.get((fingerprint, num_blocks), False)
+
+    async def holders(self, fingerprint: str) -> None:
+        """Bring into the Swarm a sample of those who have weights of a model to give.
+
+        Raises PeerError when the directory cannot be read.
+        """
+        now = self._clock()
+        for announcement in self._decoded(await self._get(weights_key(fingerprint))):
+            if announcement.model == fingerprint:
+                self._swarm.update(announcement, now)
 
     async def find(self, model_name: str | None = None) -> list[Announcement]:
         """Peers listed under a model's name, whatever its fingerprint; under any name if None.
@@ -352,5 +364,6 @@ class Membership:
 
 
 def _index(announcement: Announcement) -> set[bytes]:
-    """The keys where a model is listed by name."""
-    return {model_key(announcement.model_name), SWARM_KEY}
+    """The keys where a model is listed by name, and by its weights if there are some to give."""
+    keys = {model_key(announcement.model_name), SWARM_KEY}
+    return keys | {weights_key(announcement.model)} if announcement.shards else keys

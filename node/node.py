@@ -8,6 +8,7 @@ tasks are cancelled with it. To leave in good order, let the block come to its e
 
 import contextlib
 import logging
+import math
 import random  # noqa: TID251 - this is the wiring
 import time
 from collections import deque
@@ -27,7 +28,14 @@ from ..protocol.announcement import Announcement, PeerState, as_multiaddrs, merg
 from ..protocol.coordinates import Coordinate
 from ..protocol.errors import ConfigError, PeerError, PetalsError
 from ..protocol.expected import Expected
-from ..protocol.frames import DESCRIBE_PROTOCOL, PROTOCOL_VERSION, SESSION_PROTOCOL, Hello
+from ..protocol.frames import (
+    DESCRIBE_PROTOCOL,
+    PROTOCOL_VERSION,
+    SESSION_PROTOCOL,
+    SHARD_PROTOCOL,
+    Hello,
+)
+from ..protocol.manifest import ENDS, FILES, shards_of
 from ..protocol.round_trips import ends, successors
 from ..protocol.span import Span
 from ..protocol.swarm import Swarm
@@ -43,12 +51,17 @@ from .loopback import LoopbackNetwork
 from .membership import Membership
 from .mending import Recovery
 from .network import Stream
+from .opening import Opener
 from .placing import Placing
 from .private import Privacy
 from .reachability import Reachability
 from .rebalance import Rebalance
 from .router import SwarmRouter
+from .shard_fetch import Fetching
+from .shard_server import ShardServer
+from .uploads import Uploads
 from .wakeup import open_flat_nursery, wait_future
+from .weights import FetchedWeights, Weights, runs_to_give
 
 if TYPE_CHECKING:
     from ..inference.checkpoint import Checkpoint
@@ -73,6 +86,8 @@ REMEMBERED_RECOVERIES = 64
 
 Survey = list[tuple[Announcement, Mapping[str, float] | None]]
 """Peers and their figures; None: they were not asked, or have not answered."""
+
+MIB = 1 << 20
 
 T = TypeVar("T")
 
@@ -101,9 +116,11 @@ class Node:
         self._latency: LatencyWatch | None = None
         self._nursery: trio.Nursery | None = None
         self._checkpoint: Checkpoint | None = None
+        self._weights: Weights | None = None
         self._server: BlockServer | None = None
         self._expected = Expected()
         self._originator: Originator | None = None
+        self._seeding = False
         self._originator_lock = trio.Lock()
         self._generations: dict[GenerationHandle, None] = {}
         """Those that run, the oldest first."""
@@ -150,6 +167,21 @@ class Node:
     async def reachability_changed(self) -> None:
         """Return when ``reachability`` or ``multiaddrs`` become others."""
         await self._running_outside().reachability_changed()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The model's identity, once it was opened: others can join with ``petals:`` and this."""
+        return None if self._checkpoint is None else self._checkpoint.fingerprint
+
+    @property
+    def model_bytes(self) -> int | None:
+        """The size of the whole model, once it was opened."""
+        return None if self._checkpoint is None else self._checkpoint.manifest.size
+
+    @property
+    def fetched(self) -> Sequence[Fetching]:
+        """The weights that have come from peers, or were on the disk from before."""
+        return self._weights.fetched if isinstance(self._weights, FetchedWeights) else ()
 
     @property
     def num_blocks(self) -> int | None:
@@ -339,6 +371,7 @@ class Node:
             raise ConfigError("model: this node has none to generate with; name it (--model)")
         checkpoint = await self._open_checkpoint()
         membership, network = self._running_membership(), self._running_network()
+        await self._ensure("ends", [FILES, ENDS], self.config.patience)
         if not self.config.serve:  # a node that serves keeps its view fresh already
             membership.watch(checkpoint.fingerprint, checkpoint.num_blocks)
             self._running_nursery().start_soon(membership.run)
@@ -499,14 +532,25 @@ class Node:
                     self._nursery.start_soon(self._stay_joined)
                     self._nursery.start_soon(self._tell_how_we_are_reached)
                     self._nursery.start_soon(self._latency.run)
-                    if config.serve and config.model is not None:
+                    if config.seed:
+                        await self._start_seeding()
+                    elif config.serve and config.model is not None:
                         await self._start_serving()
                     yield
                 finally:
                     with trio.move_on_after(LEAVE_TIMEOUT, shield=True):
                         await self._leave()
                     self._nursery.cancel_scope.cancel()
+                    if isinstance(self._weights, FetchedWeights):
+                        self._weights.close()
                     self._torch.shutdown(timeout=0)
+
+    async def _start_seeding(self) -> None:
+        checkpoint, membership = await self._open_checkpoint(), self._running_membership()
+        await self._running_nursery().start(membership.run)
+        await self._ensure("shards", range(len(checkpoint.manifest.shards)), math.inf)
+        self._seeding = True
+        await membership.announce()
 
     async def _start_serving(self) -> None:
         network, membership = self._running_network(), self._running_membership()
@@ -537,12 +581,15 @@ class Node:
             self.config,
             hello=self._hello,
             thread=self._torch,
+            fetch=self._fetch_span,
             on_change=membership.changed,
             progress=self._progress,
         )
         await server.start(self._span)
         self._server = server
         network.handle(SESSION_PROTOCOL, partial(self._serve_session, server))
+        if isinstance(self._weights, FetchedWeights):
+            nursery.start_soon(self._weights.check_rest)
         await membership.announce()
         if capacity.span is None and capacity.num_blocks < checkpoint.num_blocks:
             rebalance = Rebalance(
@@ -558,15 +605,37 @@ class Node:
         if self._checkpoint is not None:
             return self._checkpoint
 
-        def load() -> "tuple[Checkpoint, str]":
-            from . import serving
-
-            checkpoint = serving.open_model(self.config, self._progress)
-            return checkpoint, serving.announced_name(checkpoint)
-
-        checkpoint, self.model_name = await self._in_torch_thread(load)
+        opener = Opener(
+            self.config,
+            network=self._running_network(),
+            membership=self._running_membership(),
+            swarm=self._swarm,
+            hello=self._hello,
+            clock=wall_clock,
+            dice=self._dice,
+            compute=self._in_torch_thread,
+            progress=self._progress,
+        )
+        opened = await opener.open()
+        checkpoint, self.model_name, self._weights = opened.checkpoint, opened.name, opened.weights
         self._checkpoint = checkpoint
+        if self.config.serve:
+            limit = self.config.upload_limit
+            uploads = Uploads(None if limit is None else limit * MIB, self._busy_seconds)
+            server = ShardServer(self._weights, uploads, self._hello)
+            self._running_network().handle(SHARD_PROTOCOL, server.handle)
         return checkpoint
+
+    async def _ensure(self, what: str, shards: Sequence[int], patience: float) -> None:
+        assert self._weights is not None, "made when the model is opened"
+        await self._weights.ensure(what, shards, patience=patience)
+
+    async def _fetch_span(self, span: Span, patience: float) -> None:
+        await self._ensure("blocks", shards_of(span), patience)
+
+    def _busy_seconds(self) -> float:
+        served = None if self._server is None else self._server.served
+        return 0.0 if served is None else served.engine.statistics().busy_seconds
 
     async def _in_torch_thread(self, function: Callable[[], T]) -> T:
         """Run ``function`` on the thread that runs torch in this process, the engine's, too."""
@@ -596,6 +665,8 @@ class Node:
 
     async def _leave(self) -> None:
         if self._server is None:
+            if self.config.seed:
+                await self._running_membership().leave()
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._server.leave, RUNNING_STEPS_PATIENCE)
@@ -606,7 +677,9 @@ class Node:
 
     def _describe_self(self, sequence: int, expires_at: float) -> Announcement | None:
         checkpoint, server = self._checkpoint, self._server
-        if checkpoint is None or self.span is None or self.model_name is None:
+        if checkpoint is None or self._weights is None or self.model_name is None:
+            return None
+        if self.span is None and not self.config.seed:
             return None
         served = None if server is None else server.served
         used = None if served is None else served.engine.statistics()
@@ -618,8 +691,8 @@ class Node:
             num_blocks=checkpoint.num_blocks,
             span=self.span,
             moving_to=None if server is None else server.moving_to,
-            state=PeerState.JOINING if server is None else server.state,
-            dtype=self._dtype,
+            state=self._state(),
+            dtype=self._dtype or "none",
             decode_speed=0.0 if served is None else served.throughput.decode,
             prefill_speed=0.0 if served is None else served.throughput.prefill,
             cache_tokens_left=(
@@ -631,9 +704,15 @@ class Node:
             sequence=sequence,
             expires_at=expires_at,
             public_name=self.config.public_name,
-            round_trips=self._successor_round_trips(self.span),
+            round_trips={} if self.span is None else self._successor_round_trips(self.span),
             coordinate=self._coordinate(),
+            shards=runs_to_give(self._weights),
         )
+
+    def _state(self) -> PeerState:
+        if self._server is not None:
+            return self._server.state
+        return PeerState.ONLINE if self._seeding else PeerState.JOINING
 
     async def _answer_describe(self, stream: Stream) -> None:
         await describe.answer(

@@ -9,7 +9,8 @@ Rules of this file: nothing here decides where to move. At any time at most one 
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 
 import trio
@@ -31,6 +32,8 @@ from .wakeup import wait_future
 
 logger = logging.getLogger(__name__)
 
+FETCH_PATIENCE = 60.0
+"""Seconds that a move waits for somebody who has its blocks' weights; the old ones are served meanwhile."""
 HAND_OVER_PATIENCE = 5.0
 """Seconds for the running steps of sessions that are handed over before a move drops their blocks."""
 
@@ -46,18 +49,21 @@ class BlockServer:
         *,
         hello: Hello,
         thread: TorchThread,
+        fetch: Callable[[Span, float], Awaitable[None]],
         on_change: Callable[[], None],
         progress: Progress | None,
     ) -> None:
-        """``on_change`` is called when there is something new to announce.
+        """``fetch`` returns when the checkpoint has the weights of a span.
 
-        ``progress`` is told how far loading is; None: the log is.
+        It gives up when nothing of them has come for so many seconds. ``on_change`` is called when
+        there is something new to announce. ``progress`` is told how far loading is; None: the log is.
         """
         self._network = network
         self._checkpoint = checkpoint
         self._config = config
         self._hello = hello
         self._thread = thread
+        self._fetch = fetch
         self._on_change = on_change
         self._progress = progress
         self.span: Span | None = None
@@ -82,6 +88,7 @@ class BlockServer:
     async def start(self, span: Span) -> None:
         """Load ``span`` and serve it. Raises ModelError or ConfigError."""
         self.span = span
+        await self._fetch(span, math.inf)
         await self._serve(span, None)
 
     async def move(self, span: Span) -> None:
@@ -98,15 +105,16 @@ class BlockServer:
                 partial(serving.fits_beside, self._checkpoint, span, old, self._config)
             )
         )
-        if beside:
-            self.moving_to = span
-            self._on_change()
-            try:
+        self.moving_to = span
+        self._on_change()
+        try:
+            await self._fetch(span, FETCH_PATIENCE)
+            if beside:
                 await self._serve(span, old)
-            finally:
-                self.moving_to = None
-                self._on_change()
-            return
+                return
+        finally:
+            self.moving_to = None
+            self._on_change()
         logger.info("the memory does not hold both spans: giving up blocks %s first", before)
         self.state, self.span = PeerState.JOINING, span
         self._on_change()
@@ -117,6 +125,7 @@ class BlockServer:
             await self._serve(span, None)
         except PetalsError:
             self.span = before
+            await self._fetch(before, math.inf)
             await self._serve(before, None)
             raise
 

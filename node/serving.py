@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..inference.checkpoint import Checkpoint, open_checkpoint
+from ..inference.checkpoint import Checkpoint, open_checkpoint, open_fetched
 from ..inference.device import resolve_device
 from ..inference.engine import Engine
 from ..inference.memory import blocks_that_fit, default_cache_tokens
@@ -14,6 +14,7 @@ from ..inference.throughput import Throughput, remembered
 from ..inference.torch_thread import TorchThread
 from ..protocol.announcement import as_model_name
 from ..protocol.errors import ConfigError, ModelError
+from ..protocol.manifest import Manifest
 from ..protocol.span import Span
 from .config import NodeConfig
 
@@ -111,6 +112,26 @@ def fits_beside(checkpoint: Checkpoint, span: Span, served: Served, config: Node
 def open_model(config: NodeConfig, progress: Progress | None = None) -> Checkpoint:
     """Open the checkpoint that ``config`` names. Raises ModelError."""
     assert config.model is not None
+    _set_up_libraries()
+    return open_checkpoint(config.model, progress=progress)
+
+
+def open_fallback(
+    name: str, manifest: Manifest | None, progress: Progress | None = None
+) -> Checkpoint:
+    """Open what ``--fallback`` names; it should have what ``manifest`` says. Raises ModelError."""
+    _set_up_libraries()
+    return open_checkpoint(name, manifest=manifest, progress=progress)
+
+
+def open_from_peers(
+    name: str, folder: Path, shards: Path, manifest: Manifest, progress: Progress | None
+) -> Checkpoint:
+    """Open a model whose small files are in ``folder``; its weights will be in ``shards``."""
+    _set_up_libraries()
+    return open_fetched(name, folder, shards, manifest, progress)
+
+
+def _set_up_libraries() -> None:
     # The hub's own variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, …) are its settings.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return open_checkpoint(config.model, progress=progress)

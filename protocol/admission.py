@@ -174,7 +174,7 @@ class Pace:
         self._due = -math.inf
         """When the next one would come if they all came evenly."""
 
-    def take(self, now: float) -> float:
-        """Seconds that the next one has to wait."""
-        self._due = max(self._due, now - self._ahead) + self._interval
+    def take(self, now: float, count: int = 1) -> float:
+        """Seconds that the next one has to wait, or the next ``count`` together."""
+        self._due = max(self._due, now - self._ahead) + count * self._interval
         return max(0.0, self._due - now)

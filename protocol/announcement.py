@@ -56,6 +56,8 @@ MAX_DEPTH = 8
 """Of fields that newer versions may have added; deeper ones serve to exhaust somebody's stack."""
 MAX_ROUND_TRIPS = 16
 """A node's nearest few successors. In a large swarm coordinates have to do (``upkeep.py``)."""
+MAX_SHARD_RUNS = 12
+"""Of a node that has moved about; of more, others learn when they ask it."""
 MAX_ROUND_TRIP = 60.0
 """Seconds."""
 
@@ -177,6 +179,8 @@ class Announcement:
     """Seconds to the peers that it would send to, by peer id."""
     coordinate: Coordinate | None = None
     """Where it is in the space of round trips, if it knows."""
+    shards: tuple[Span, ...] = ()
+    """Of the model's shards (``manifest.py``), the runs that it gives to whoever asks."""
     unknown: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Fields of newer versions, as they came."""
 
@@ -220,6 +224,7 @@ class Announcement:
         "network_speed": checks.optional(checks.number(0, MAX_SPEED)),
         "round_trips": _round_trips,
         "coordinate": checks.optional(coordinates.checked),
+        "shards": checks.tuple_of(checks.span, MAX_SHARD_RUNS),
     }
 
 
@@ -324,6 +329,11 @@ def region_keys(fingerprint: str, span: Span) -> list[bytes]:
     digest = _digest(b"model", fingerprint)
     first, last = span.start // REGION_BLOCKS, (span.end - 1) // REGION_BLOCKS
     return [b"/petals/%s/%d" % (digest, region) for region in range(first, last + 1)]
+
+
+def weights_key(fingerprint: str) -> bytes:
+    """The DHT key under which those are listed who have weights of a model to give."""
+    return b"/petals/%s/weights" % _digest(b"model", fingerprint)
 
 
 def model_key(model_name: str) -> bytes:

@@ -40,6 +40,7 @@ NAMES: Mapping[str, str] = {
     "network_speed": "ns",
     "round_trips": "rt",
     "coordinate": "xy",
+    "shards": "sh",
 }
 """What the fields of ``Announcement`` are called on the wire."""
 USUAL: Mapping[str, Any] = {
@@ -50,6 +51,7 @@ USUAL: Mapping[str, Any] = {
     "network_speed": None,
     "round_trips": {},
     "coordinate": None,
+    "shards": (),
 }
 """What a field says that is left out."""
 
@@ -86,7 +88,7 @@ def plain(value: Any) -> Any:
         return value.plain()
     if isinstance(value, Mapping):
         return dict(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def shortened(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def shortened(fields: Mapping[str, Any]) -> dict[str, Any]:
     body = {
         NAMES[name]: value
         for name, value in fields.items()
-        if name not in USUAL or value != USUAL[name]
+        if name not in USUAL or value != plain(USUAL[name])
     }
     own = fields["peer_id"]
     body["id"] = public_key(own)

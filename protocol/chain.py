@@ -291,7 +291,8 @@ class Chain:
     def rewind(self, position: int, order: tuple[int, ...] = ()) -> None:
         """Go back: the log ends at ``position`` from now on, and its sequences are in ``order``.
 
-        Sequence b goes on from what ``order[b]`` was so far, which has as much padding.
+        Sequence b goes on from what ``order[b]`` was so far, which has as much padding. Rows that
+        have not come back yet are not awaited any more, not even those before ``position``.
         """
         if not 0 <= position < self.length + bool(order):
             raise LocalProtocolError(f"cannot go back to {position} in 0..{self.length}")
@@ -302,8 +303,7 @@ class Chain:
                 f"{list(padding)}"
             )
         self._history.record(self._history.current + 1, position, order)
-        self.length = position
-        self.expected = min(self.expected, position)
+        self.length = self.expected = position
 
     def next_due(self, max_rows: int) -> Due | None:
         """Which tokens to embed and send to the first hop now, as one step."""

@@ -2,7 +2,8 @@
 
 A frame is a 4-byte big-endian length and one msgpack array ``[header map, bin, bin, …]``. The
 header names the frame's ``kind``, its fields, and under ``tensors`` the ``[dtype, shape,
-compression]`` of each bin, whose bytes are little-endian and row-major. Any msgpack reader can
+compression]`` of each bin, whose bytes are little-endian and row-major; bytes that are no tensor have
+the dtype ``bytes``. Any msgpack reader can
 read a frame; ours copies no tensor: ``encode`` returns the tensor's own memory among its buffers,
 and a decoded tensor is a view into the received bytes.
 
@@ -35,6 +36,7 @@ from .span import Span
 from .tensor import MAX_DIMENSIONS, DType, WireTensor
 
 _BIN_PREFIX = 5
+_BYTES = "bytes"
 _TENSOR_FIELDS = {
     kind: tuple(field.name for field in fields(frame) if field.name not in frame.CHECKS)
     for kind, frame in FRAMES.items()
@@ -65,24 +67,29 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
             check(header[name])
         except BadValueError as bad:
             raise LocalProtocolError(f"{kind}.{name} must be {bad}") from None
-    tensors: list[WireTensor] = [getattr(frame, name) for name in _TENSOR_FIELDS[kind]]
-    header["tensors"] = [
-        [tensor.dtype, list(tensor.shape), tensor.dtype.compression] for tensor in tensors
-    ]
+    values = [getattr(frame, name) for name in _TENSOR_FIELDS[kind]]
+    header["tensors"] = [_described(value) for value in values]
+    bins = [value.data if isinstance(value, WireTensor) else value for value in values]
     try:
         packed: bytes = msgpack.packb(header)
     except UnicodeEncodeError as error:
         raise LocalProtocolError(f"a text of {kind} is not Unicode: {error}") from None
     if len(packed) > MAX_HEADER:
         raise LocalProtocolError(f"the header of {kind} has {len(packed)} bytes, over {MAX_HEADER}")
-    length = 1 + len(packed) + sum(_BIN_PREFIX + len(tensor.data) for tensor in tensors)
+    length = 1 + len(packed) + sum(_BIN_PREFIX + len(data) for data in bins)
     if length > MAX_FRAME:
         raise LocalProtocolError(f"a {kind} frame of {length} bytes is over {MAX_FRAME}")
-    prefix = length.to_bytes(LENGTH_BYTES, "big") + bytes([0x90 | (1 + len(tensors))])
+    prefix = length.to_bytes(LENGTH_BYTES, "big") + bytes([0x90 | (1 + len(bins))])
     buffers: list[bytes | memoryview] = [prefix + packed]
-    for tensor in tensors:
-        buffers += [b"\xc6" + len(tensor.data).to_bytes(4, "big"), tensor.data]
+    for data in bins:
+        buffers += [b"\xc6" + len(data).to_bytes(4, "big"), data]
     return buffers
+
+
+def _described(value: WireTensor | bytes | memoryview) -> list[Any]:
+    if isinstance(value, WireTensor):
+        return [value.dtype, list(value.shape), value.dtype.compression]
+    return [_BYTES, [len(value)], "none"]
 
 
 def max_rows(batch: int, hidden_size: int, dtype: DType) -> int:
@@ -171,7 +178,12 @@ def _decode(body: memoryview) -> Frame:
             raise RemoteProtocolError(f"{kind}.{name} must be {bad}") from None
     for name, description in zip(names, described, strict=True):
         data, offset = _take_bin(body, offset)
-        values[name] = _wire_tensor(description, data)
+        if name not in frame.BYTES:
+            values[name] = _wire_tensor(description, data)
+        elif description == [_BYTES, [len(data)], "none"]:
+            values[name] = data
+        else:
+            raise RemoteProtocolError(f"{kind}.{name} must be described as bytes")
     if offset != len(body):
         raise RemoteProtocolError(f"{len(body) - offset} stray bytes behind a {kind} frame")
     return frame(**values)

@@ -1,7 +1,8 @@
 """The frames of the wire: what each carries, and what its fields may be.
 
 Rules of this file: a frame is a frozen value; ``CHECKS`` has one entry for every field that travels
-in the header, and the fields without one are the frame's tensors. ``codec.py`` turns frames into
+in the header, and the fields without one are the frame's tensors, or, if ``BYTES`` has them, plain
+bytes. ``codec.py`` turns frames into
 bytes and back. A stream carries one session, which its first frame (``Open`` or ``Link``) names;
 the frames behind it need not repeat it.
 """
@@ -24,6 +25,7 @@ from .checks import (
 )
 from .errors import ErrorCode
 from .log import combined
+from .manifest import FIRST_BLOCK, MAX_MANIFEST
 from .prefix import DIGEST_BYTES, MAX_PREFIXES
 from .span import Span
 from .tensor import DType, WireTensor
@@ -31,7 +33,14 @@ from .tensor import DType, WireTensor
 PROTOCOL_VERSION = 1
 SESSION_PROTOCOL = "/petals/session/1"
 DESCRIBE_PROTOCOL = "/petals/describe/1"
+SHARD_PROTOCOL = "/petals/shard/1"
 
+MAX_SHARDS_ASKED = 1024
+"""Shards that are asked after at a time: their numbers fit a header, what is had of them a frame."""
+
+_fingerprint = checks.text(64)
+_shard = checks.integer(0, MAX_BLOCKS + FIRST_BLOCK)
+_chunk = checks.integer(0, MAX_MANIFEST)
 _digests = checks.tuple_of(checks.binary(DIGEST_BYTES, DIGEST_BYTES), MAX_PREFIXES)
 
 
@@ -41,6 +50,8 @@ class Frame:
 
     KIND: ClassVar[str]
     CHECKS: ClassVar[Mapping[str, Check]]
+    BYTES: ClassVar[frozenset[str]] = frozenset()
+    """The fields that are bytes of any length behind the header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,10 +341,108 @@ class Description(Frame):
     }
 
 
+@dataclass(frozen=True, slots=True)
+class WantManifest(Frame):
+    """On the shard protocol: send me a model's manifest, from this byte on."""
+
+    model: str
+    """The model's fingerprint, hexadecimal."""
+    offset: int
+
+    KIND: ClassVar[str] = "want_manifest"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "model": _fingerprint,
+        "offset": checks.integer(0, MAX_MANIFEST),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestPart(Frame):
+    """On the shard protocol: a piece of a manifest."""
+
+    total: int
+    """Bytes of the whole manifest."""
+    offset: int
+    data: bytes | memoryview
+
+    KIND: ClassVar[str] = "manifest_part"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "total": checks.integer(1, MAX_MANIFEST),
+        "offset": checks.integer(0, MAX_MANIFEST),
+    }
+    BYTES: ClassVar[frozenset[str]] = frozenset({"data"})
+
+
+@dataclass(frozen=True, slots=True)
+class WantHoldings(Frame):
+    """On the shard protocol: say which chunks of these shards you have."""
+
+    model: str
+    shards: tuple[int, ...]
+
+    KIND: ClassVar[str] = "want_holdings"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "model": _fingerprint,
+        "shards": checks.tuple_of(_shard, MAX_SHARDS_ASKED),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings(Frame):
+    """On the shard protocol: which chunks I have, as bits, shard by shard (``holdings.py``)."""
+
+    bits: bytes | memoryview
+
+    KIND: ClassVar[str] = "holdings"
+    CHECKS: ClassVar[Mapping[str, Check]] = {}
+    BYTES: ClassVar[frozenset[str]] = frozenset({"bits"})
+
+
+@dataclass(frozen=True, slots=True)
+class WantChunk(Frame):
+    """On the shard protocol: send me a chunk."""
+
+    model: str
+    shard: int
+    chunk: int
+
+    KIND: ClassVar[str] = "want_chunk"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "model": _fingerprint,
+        "shard": _shard,
+        "chunk": _chunk,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk(Frame):
+    """On the shard protocol: a chunk. Answers come in the order in which they were asked for."""
+
+    shard: int
+    chunk: int
+    data: bytes | memoryview
+
+    KIND: ClassVar[str] = "chunk"
+    CHECKS: ClassVar[Mapping[str, Check]] = {"shard": _shard, "chunk": _chunk}
+    BYTES: ClassVar[frozenset[str]] = frozenset({"data"})
+
+
+@dataclass(frozen=True, slots=True)
+class NoChunk(Frame):
+    """On the shard protocol: I have no such chunk (any more)."""
+
+    shard: int
+    chunk: int
+
+    KIND: ClassVar[str] = "no_chunk"
+    CHECKS: ClassVar[Mapping[str, Check]] = {"shard": _shard, "chunk": _chunk}
+
+
 FRAMES: dict[str, type[Frame]] = {
     frame.KIND: frame
     for frame in (
         Hello, Open, Ready, Refused, Link, Resume, Step, Output, Relink, Probe, State, Failed,
-        Close, Describe, Description,
+        Close, Describe, Description, WantManifest, ManifestPart, WantHoldings, Holdings, WantChunk,
+        Chunk, NoChunk,
     )
 }  # fmt: skip

@@ -19,16 +19,6 @@ from ..model import Ends, RunBlock, Start
 from .family import Dimensions
 from .own_attention import OwnAttention
 
-_ARCHITECTURE = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "n_layer",
-    "n_head",
-    "layer_norm_epsilon",
-    "apply_residual_connection_post_layernorm",
-    "tie_word_embeddings",
-)
 _DEFAULT_LENGTH = 2048
 """BLOOM's own; configs of its smaller siblings often don't say."""
 
@@ -101,10 +91,6 @@ class Bloom(OwnAttention):
                 f"n_head {config.n_head}"
             )
         return config
-
-    def architecture(self, _raw: dict[str, Any], config: BloomConfig) -> dict[str, Any]:
-        """See ``Family``."""
-        return {name: getattr(config, name) for name in _ARCHITECTURE}
 
     def dimensions(self, config: BloomConfig) -> Dimensions:
         """See ``Family``."""

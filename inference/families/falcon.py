@@ -21,25 +21,6 @@ from ..model import Ends, RunBlock, Start
 from .family import Dimensions
 from .own_attention import OwnAttention
 
-_ARCHITECTURE = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_kv_heads",
-    "num_ln_in_parallel_attn",
-    "layer_norm_epsilon",
-    "alibi",
-    "new_decoder_architecture",
-    "multi_query",
-    "parallel_attn",
-    "bias",
-    "ffn_hidden_size",
-    "activation",
-    "rope_parameters",
-    "tie_word_embeddings",
-)
 _DEFAULT_LENGTH = 2048
 
 
@@ -150,10 +131,6 @@ class Falcon(OwnAttention):
             config.num_ln_in_parallel_attn = 2  # as its layers set it when they are made
         config._attn_implementation = "eager"  # it chooses a class, which is replaced by ours
         return config
-
-    def architecture(self, _raw: dict[str, Any], config: FalconConfig) -> dict[str, Any]:
-        """See ``Family``."""
-        return {name: getattr(config, name) for name in _ARCHITECTURE}
 
     def dimensions(self, config: FalconConfig) -> Dimensions:
         """See ``Family``."""

@@ -41,9 +41,6 @@ class Family(Protocol):
     def parse_config(self, raw: dict[str, Any], /) -> Any:
         """transformers' config object from ``config.json``. Raises ModelError in words."""
 
-    def architecture(self, raw: dict[str, Any], config: Any, /) -> dict[str, Any]:
-        """The fields that change what the weights mean; part of the model's fingerprint."""
-
     def dimensions(self, config: Any, /) -> Dimensions:
         """The model's sizes."""
 

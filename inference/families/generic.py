@@ -10,7 +10,6 @@ model comes out right is found by trying it (``self_test.py``), never taken for 
 """
 
 import copy
-import re
 from typing import Any
 
 import torch
@@ -31,12 +30,6 @@ from .family import Dimensions
 from .skeleton import ATTENTION, SkeletonEnds, Starter, blocks_of, build_model, fill_buffers
 
 _POSITIVE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-_NOT_ARCHITECTURE = re.compile(
-    r"_.*|architectures|auto_map|torch_dtype|dtype|transformers_version|use_cache|(\w+_)?token_ids?"
-    r"|initializer_\w+|\w+_(pdrop|dropout)|dropout|output_\w+|return_dict|max_position_embeddings"
-    r"|router_aux_loss_coef|router_jitter_noise|task_specific_params|id2label|label2id"
-)
-"""Fields of ``config.json`` that don't change what the weights mean, or are only bookkeeping."""
 _DEFAULT_LENGTH = 2048
 
 
@@ -108,10 +101,6 @@ class Generic:
                 setattr(config, name, False)
         config._attn_implementation = ATTENTION
         return config
-
-    def architecture(self, raw: dict[str, Any], _config: PreTrainedConfig) -> dict[str, Any]:
-        """See ``Family``."""
-        return {name: value for name, value in raw.items() if not _NOT_ARCHITECTURE.fullmatch(name)}
 
     def dimensions(self, config: PreTrainedConfig) -> Dimensions:
         """See ``Family``."""

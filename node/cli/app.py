@@ -25,6 +25,7 @@ PANELS = {
     ),
     "Give a machine": (
         giving.run_command,
+        giving.seed_command,
         giving.drain_command,
         giving.swarm_key_command,
     ),

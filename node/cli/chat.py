@@ -57,9 +57,12 @@ async def _chat(
     saved: SavedSession | None,
 ) -> None:
     from ..autosave import keep_saved
-    from ..node import Node
 
-    async with Node(config) as node, _open_session(node, max_tokens, saved) as session:
+    async with (
+        originator.joined(config) as (node, end_of_bars),
+        _open_session(node, max_tokens, saved) as session,
+    ):
+        end_of_bars()
         if file is not None:
             await session.save(file)  # where it cannot be written, that is told now
         async with keep_saved(session, file):

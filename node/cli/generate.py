@@ -64,15 +64,15 @@ async def _generate(
     saved: SavedSession | None,
     json_result: bool,
 ) -> None:
-    from ..node import Node
-
-    async with Node(config) as node:
+    async with originator.joined(config) as (node, end_of_bars):
         if file is not None and saved is not None:
             handle = await node.resume(file, prompt=prompt, save_to=file)
+            end_of_bars()
             originator.note(f"Going on from {file}, with {handle.status().tokens} tokens.")
         else:
             assert prompt is not None
             handle = await node.submit(prompt, params, save_to=file)
+            end_of_bars()
         shown = False
         try:
             async with (

@@ -1,4 +1,4 @@
-"""The commands of those who give a machine: run, drain and swarm-key.
+"""The commands of those who give a machine: run, seed, drain and swarm-key.
 
 Rules of this file: as in ``app.py``, it only declares.
 """
@@ -38,6 +38,10 @@ LIMITS = "What others may have of this node"
             "petals-node run --model demo --bootstrap $PEER --api 127.0.0.1:8080",
         ),
         (
+            "Fetch the blocks' weights from peers, too: the fingerprint is all that is known",
+            "petals-node run --model petals:8b51d419… --bootstrap $PEER",
+        ),
+        (
             "A port that the router forwards to this machine",
             "petals-node run --listen /ip4/0.0.0.0/tcp/31330 \\",
             "    --announce /ip4/203.0.113.9/tcp/31330 --reachability public",
@@ -51,8 +55,8 @@ def run_command(
         typer.Option(
             "--model",
             metavar="MODEL",
-            help="What to serve: demo, a folder, or a Hugging Face hub id. Without it the node "
-            "is a bootstrap peer.",
+            help="What to serve: demo, a folder, a GGUF file, a Hugging Face hub id, or "
+            "petals:FINGERPRINT, to be fetched from peers. Without it the node is a bootstrap peer.",
             rich_help_panel=BLOCKS,
         ),
     ] = None,
@@ -84,15 +88,7 @@ def run_command(
             rich_help_panel=BLOCKS,
         ),
     ] = None,
-    public_name: Annotated[
-        str | None,
-        typer.Option(
-            "--public-name",
-            metavar="NAME",
-            help="What the swarm's status calls you.",
-            rich_help_panel=BLOCKS,
-        ),
-    ] = None,
+    public_name: options.PublicNameOption = None,
     bootstrap: options.BootstrapOption = None,
     mdns: options.MdnsOption = None,
     swarm_key: options.SwarmKeyOption = None,
@@ -100,25 +96,12 @@ def run_command(
     listen: options.ListenOption = None,
     announce: options.AnnounceOption = None,
     reachability: options.ReachabilityOption = "auto",
-    upnp: Annotated[
-        bool,
-        typer.Option(
-            "--upnp/--no-upnp",
-            help="Ask the router to forward the port, unless --reachability or --announce says how "
-            "others reach this node.",
-            rich_help_panel=options.REACHED,
-        ),
-    ] = True,
-    identity: Annotated[
-        Path | None,
-        typer.Option(
-            "--identity",
-            metavar="FILE",
-            help="The node's private key; made if not there.",
-            rich_help_panel=options.FILES,
-        ),
-    ] = None,
+    upnp: options.UpnpOption = True,
+    identity: options.IdentityOption = None,
     data_dir: options.DataDirOption = None,
+    fallback: options.FallbackOption = None,
+    upload_limit: options.UploadLimitOption = None,
+    max_disk_space: options.MaxDiskSpaceOption = None,
     dtype: options.DtypeOption = "auto",
     quantization: options.QuantizationOption = "none",
     device: options.DeviceOption = "auto",
@@ -248,6 +231,9 @@ def run_command(
         upnp=upnp,
         identity=identity,
         data_dir=data_dir,
+        fallback=fallback,
+        upload_limit=upload_limit,
+        max_disk_space=max_disk_space,
         dtype=dtype,
         quantization=quantization,
         device=device,
@@ -265,6 +251,74 @@ def run_command(
         public_name=public_name,
     )
     return run.serve(config, exposed, json_lines=json_lines, exit_with_stdin=exit_with_stdin)
+
+
+@command(
+    "seed",
+    examples=[
+        (
+            "Publish a model that is on no hub; it prints what others need",
+            "petals-node seed --model ./my-model --listen /ip4/0.0.0.0/tcp/31330",
+        ),
+        (
+            "The same in a swarm that is there, and leave room on the line",
+            "petals-node seed --model ./my-model --bootstrap $PEER --upload-limit 5",
+        ),
+    ],
+)
+def seed_command(
+    *,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="What to give: a folder, a GGUF file, a Hugging Face hub id, demo, or "
+            "petals:FINGERPRINT, to be fetched first.",
+            rich_help_panel=options.MODEL,
+        ),
+    ],
+    public_name: options.PublicNameOption = None,
+    bootstrap: options.BootstrapOption = None,
+    mdns: options.MdnsOption = None,
+    swarm_key: options.SwarmKeyOption = None,
+    allow_peers: options.AllowPeersOption = None,
+    listen: options.ListenOption = None,
+    announce: options.AnnounceOption = None,
+    reachability: options.ReachabilityOption = "auto",
+    upnp: options.UpnpOption = True,
+    identity: options.IdentityOption = None,
+    data_dir: options.DataDirOption = None,
+    fallback: options.FallbackOption = None,
+    upload_limit: options.UploadLimitOption = None,
+    max_disk_space: options.MaxDiskSpaceOption = None,
+    json_lines: options.EventsOption = False,
+    exit_with_stdin: options.EndWithStdinOption = False,
+) -> int:
+    """Give a model to whoever knows its fingerprint, without serving blocks, until Ctrl-C."""
+    from . import arguments, run
+
+    config = run.node_config(
+        model=model,
+        blocks=None,
+        num_blocks=None,
+        seed=True,
+        bootstrap=arguments.bootstrap_peers(bootstrap),
+        mdns=mdns,
+        swarm_key=swarm_key,
+        allow_peers=allow_peers,
+        listen=arguments.listen_addresses(listen),
+        announce=arguments.announced_addresses(announce),
+        reachability=reachability,
+        upnp=upnp,
+        identity=identity,
+        data_dir=data_dir,
+        fallback=fallback,
+        upload_limit=upload_limit,
+        max_disk_space=max_disk_space,
+        public_name=public_name,
+    )
+    return run.serve(config, json_lines=json_lines, exit_with_stdin=exit_with_stdin)
 
 
 @command(

@@ -149,7 +149,7 @@ def doctor_command(
         typer.Option(
             "--model",
             metavar="MODEL",
-            help="Say what would be served of it: demo, a folder, or a Hugging Face hub id.",
+            help="Say what would be served of it: demo, a folder, a GGUF file, or a Hugging Face hub id.",
             rich_help_panel=options.MODEL,
         ),
     ] = None,

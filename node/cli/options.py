@@ -13,6 +13,7 @@ SWARM = "The swarm"
 REACHED = "How others reach this node"
 TEXT = "The text"
 COMPUTING = "How to compute"
+WEIGHTS = "Weights from peers, and to them"
 FILES = "Files"
 OUTPUT = "Output"
 API = "The HTTP API"
@@ -22,7 +23,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="demo (the small model that is built in), a folder, or a Hugging Face hub id.",
+        help="demo (the small model that is built in), a folder, a GGUF file, a Hugging Face hub id, "
+        "or petals:FINGERPRINT, to be fetched from peers.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -116,8 +118,8 @@ OriginatedModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="demo (the small model that is built in), a folder, or a Hugging Face hub id. "
-        "Default: demo, or the one of the text to resume.",
+        help="demo (the small model that is built in), a folder, a GGUF file, a Hugging Face hub id, "
+        "or petals:FINGERPRINT. Default: demo, or the one of the text to resume.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -285,6 +287,61 @@ QuantizationOption = Annotated[
         help="none, int8 or nf4: round the blocks' weights to 8 or 4 bits, to hold more.",
         rich_help_panel=COMPUTING,
         autocompletion=lambda: list(QUANTIZATIONS),
+    ),
+]
+IdentityOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--identity",
+        metavar="FILE",
+        help="The node's private key; made if not there.",
+        rich_help_panel=FILES,
+    ),
+]
+UpnpOption = Annotated[
+    bool,
+    typer.Option(
+        "--upnp/--no-upnp",
+        help="Ask the router to forward the port, unless --reachability or --announce says how "
+        "others reach this node.",
+        rich_help_panel=REACHED,
+    ),
+]
+PublicNameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--public-name",
+        metavar="NAME",
+        help="What the swarm's status calls you.",
+        rich_help_panel=SWARM,
+    ),
+]
+FallbackOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fallback",
+        metavar="MODEL",
+        help="A folder, GGUF file or hub id for what no peer gives of a model of petals:FINGERPRINT.",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+UploadLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        "--upload-limit",
+        metavar="MIB",
+        help="Give others at most so many MiB of weights a second. Default: as fast as it goes, and "
+        "slower while sessions compute.",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+MaxDiskSpaceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-disk-space",
+        metavar="GIB",
+        help="Keep at most so many GiB of weights that were fetched from peers.",
+        rich_help_panel=WEIGHTS,
     ),
 ]
 EndWithStdinOption = Annotated[

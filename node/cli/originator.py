@@ -20,13 +20,28 @@ from ..config import DEFAULT_PATIENCE, NodeConfig
 from ..saved_session import SavedSession
 from ..wakeup import open_flat_nursery
 from . import arguments
+from .progress import shown
 
 if TYPE_CHECKING:
     from ..generation import Generation
+    from ..node import Node
 
 TELL_AFTER = 2.0
 """Seconds that a session waits before anybody is told: most gaps are filled by then."""
 LOOK_INTERVAL = 0.5
+
+
+@contextlib.asynccontextmanager
+async def joined(config: NodeConfig) -> AsyncIterator[tuple["Node", Callable[[], None]]]:
+    """A node, with bars for what it downloads or fetches, and what ends these.
+
+    It has to be called before anything else is written.
+    """
+    from ..node import Node
+
+    with contextlib.ExitStack() as bars:
+        async with Node(config, bars.enter_context(shown())) as node:
+            yield node, bars.close
 
 
 def node_config(
@@ -41,7 +56,7 @@ def node_config(
     device: str = "auto",
     patience: float | None = None,
 ) -> NodeConfig:
-    """The configuration of a node that serves no blocks, and keeps nothing on the disk."""
+    """The configuration of a node that serves no blocks, and keeps nothing but weights from peers."""
     return NodeConfig(
         model=model,
         serve=False,

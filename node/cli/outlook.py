@@ -109,6 +109,9 @@ def serving(config: NodeConfig, peers: Sequence[Announcement]) -> list[Finding]:
     """What the node would serve of its model."""
     if config.model is None:
         return [note("blocks", "no model is named (--model): it would be a bootstrap peer")]
+    if config.fetched_model is not None:
+        said = f"{config.model} is fetched from peers; what fits is known when its config is here"
+        return [note("blocks", said)]
     from .. import serving
 
     try:
@@ -130,7 +133,7 @@ def _blocks(checkpoint: "Checkpoint", config: NodeConfig, peers: Sequence[Announ
     capacity = serving.capacity(checkpoint, config)
     precision = checkpoint.precision(config.dtype, device, config.quantization)
     total = checkpoint.num_blocks
-    others = [peer for peer in peers if peer.model == checkpoint.fingerprint]
+    others = [peer for peer in peers if _is_of(peer, checkpoint)]
     span = capacity.span or choose_span(
         others,
         total,
@@ -144,6 +147,15 @@ def _blocks(checkpoint: "Checkpoint", config: NodeConfig, peers: Sequence[Announ
         f"it would serve {span} of {checkpoint.name}'s {total} blocks, in {capacity.dtype}: "
         f"{gigabytes(block * len(span))} of weights, and cache for {tokens} tokens",
     )
+
+
+def _is_of(peer: Announcement, checkpoint: "Checkpoint") -> bool:
+    """By name where the fingerprint takes all of a large model."""
+    from .. import serving
+
+    if checkpoint.quick:
+        return peer.model == checkpoint.fingerprint
+    return peer.model_name == serving.announced_name(checkpoint)
 
 
 def _downloads(model: str) -> list[Finding] | None:

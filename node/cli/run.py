@@ -1,4 +1,4 @@
-"""``petals-node run`` and ``api``: a node that serves until it is told to leave."""
+"""``petals-node run``, ``seed`` and ``api``: a node that serves until it is told to leave."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from ...protocol.span import Span
 from ..api.config import ApiConfig
 from ..api.listening import listen, page_url, url
 from ..config import NodeConfig
-from . import arguments, failures, leaving
+from . import arguments, failures, fetched, leaving, seed
 from .progress import shown
 from .running import running_in
 
@@ -106,9 +106,11 @@ async def _serve(
 
         async with Node(config, progress) as node, trio.open_nursery() as reporting:
             end_of_bars()
+            if node.fetched:
+                report(fetched.fetched_event(node.fetched))
             serving = True
             if config.serve:
-                report(serving_event(node))
+                report(seed.seeding_event(node) if config.seed else serving_event(node))
                 reporting.start_soon(_report_reachability, node, report)
             if exposed is not None:
                 reporting.start_soon(_serve_api, node, *exposed, report)
@@ -165,6 +167,7 @@ def serving_event(node: "Node") -> dict[str, Any]:
         "multiaddr": next(iter(node.multiaddrs), None),
         "model": node.model_name if span else None,
         "blocks": [span.start, span.end] if span else None,
+        "fingerprint": node.fingerprint,
     }
 
 
@@ -189,7 +192,7 @@ def _report_json(event: dict[str, Any]) -> None:
 
 def _report_in_words(event: dict[str, Any]) -> None:
     line = in_words(event)
-    if event["event"] in ("serving", "api"):
+    if event["event"] in ("serving", "seeding", "api"):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
     else:
@@ -203,6 +206,10 @@ def in_words(event: dict[str, Any]) -> str:
         case {"event": "serving", "blocks": [start, end], "model": model, "multiaddr": multiaddr}:
             at = multiaddr or "no address that others can dial yet"
             return f"Serving {model}, blocks {start}:{end}, at {at}"
+        case {"event": "seeding"}:
+            return seed.seeding_in_words(event)
+        case {"event": "fetched"}:
+            return fetched.fetched_in_words(event)
         case {"event": "api", "url": at, "page": page, "model": model}:
             return f"OpenAI-compatible API for {model} at {at}; for people, {page}"
         case {"event": "reachability", "words": words}:

@@ -6,7 +6,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -48,11 +48,20 @@ class Written:
 class LoopbackSwarm:
     """A swarm of ``processes`` that each serve a part of a model. Made by ``loopback_swarm``."""
 
-    def __init__(self, node: Node, processes: int, bootstrap: str) -> None:
+    def __init__(
+        self, node: Node, servers: Sequence[Mapping[str, Any]], vocabulary: int, bootstrap: str
+    ) -> None:
         self._node = node
-        self.processes = processes
+        self.servers = servers
+        """What each process said when it served."""
+        self.vocabulary = vocabulary
         self.bootstrap = bootstrap
         """The address of its bootstrap peer."""
+
+    @property
+    def processes(self) -> int:
+        """How many serve."""
+        return len(self.servers)
 
     async def write(self, prompt: Sequence[int], tokens: int) -> Written:
         """Generate from a prompt in a session of its own."""
@@ -88,7 +97,8 @@ async def loopback_swarm(
 
     ``options`` are given to those that serve. Every process may use all cores: one session keeps only one of them busy at a time.
     """
-    spans = split_evenly(open_checkpoint(model).num_blocks, processes)
+    checkpoint = open_checkpoint(model)
+    spans = split_evenly(checkpoint.num_blocks, processes)
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
     with TemporaryDirectory(prefix="petals-bench-") as folder:
         async with AsyncExitStack() as stack:
@@ -111,11 +121,10 @@ async def loopback_swarm(
                 await start(f"server-{number}", *joining, *options, "--blocks", str(span))
                 for number, span in enumerate(spans)
             ]
-            for server in servers:
-                await serving(server)
+            said = [await serving(server) for server in servers]
             config = NodeConfig(model=str(model), serve=False, bootstrap=(address,), dtype=dtype)
             node = await stack.enter_async_context(Node(config))
-            yield LoopbackSwarm(node, processes, address)
+            yield LoopbackSwarm(node, said, checkpoint.vocab_size, address)
 
 
 async def serving(process: Child) -> dict[str, Any]:

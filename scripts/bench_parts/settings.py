@@ -55,6 +55,12 @@ class Settings:
     """MiB of a transfer."""
     held_out_rows: int = 1000
     """At most so many rows of held-out text are read."""
+    fetched_bytes: int = 256_000_000
+    """Of weights, that are fetched for one sample."""
+    beside_tokens: int = 8
+    """That a session decodes at a time while weights are given."""
+    beside_seconds: float = 6.0
+    """For which they are given."""
     large_frames: bool = True
     """Whether the large tensor of ``frames`` is really large."""
     bandwidth: Bandwidth = field(default_factory=Bandwidth)
@@ -93,6 +99,9 @@ def tiny(models: pathlib.Path) -> Settings:
         round_trips=2,
         bulk_pieces=1,
         held_out_rows=4,
+        fetched_bytes=1_000_000,
+        beside_tokens=3,
+        beside_seconds=0.5,
         large_frames=False,
         bandwidth=Bandwidth(megabytes=16),
     )

@@ -42,7 +42,7 @@ def test_a_bootstrap_peer_says_where_it_is_and_a_signal_ends_it_in_good_order(
     bootstrap_peer: subprocess.Popen[str], number: signal.Signals
 ) -> None:
     event = serving_event(bootstrap_peer)
-    assert set(event) == {"event", "peer_id", "multiaddr", "model", "blocks"}
+    assert set(event) == {"event", "peer_id", "multiaddr", "model", "blocks", "fingerprint"}
     assert event["model"] is None
     assert event["blocks"] is None
     pattern = rf"/ip4/127\.0\.0\.1/tcp/\d+/p2p/{event['peer_id']}"

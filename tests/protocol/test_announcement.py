@@ -25,6 +25,7 @@ from petals.protocol.announcement import (
     merge_entries,
     model_key,
     region_keys,
+    weights_key,
 )
 from petals.protocol.announcement_body import NAMES
 from petals.protocol.announcement_body import USUAL as LEFT_OUT
@@ -55,6 +56,7 @@ LARGEST = announce(
     network_speed=1e12,
     round_trips={peer_id(number): 59.9 for number in range(2, 18)},
     coordinate=Coordinate((-60.0,) * 3, 60.0, 1.0),
+    shards=tuple(Span(9_000 + 2 * run, 9_001 + 2 * run) for run in range(12)),
 )
 
 
@@ -153,6 +155,8 @@ def test_an_announcement_survives_the_wire(made: Announcement) -> None:
         {"coordinate": [0, 0, 0, 0, 1]},
         {"coordinate": [0, 0, 0, 1, 101]},
         {"coordinate": 7},
+        {"shards": ((0, 1),) * 13},
+        {"shards": ((1, 1),)},
     ],
     ids=lambda bad: "-".join(f"{name}={value!r:.30}" for name, value in bad.items()),
 )
@@ -295,7 +299,10 @@ def test_regions_are_eight_blocks_wide() -> None:
 
 
 def test_keys_are_short_enough_to_be_looked_up() -> None:
-    for key in (*region_keys(MODEL, Span(0, 10_000)), model_key("x" * 96), SWARM_KEY):
+    for key in (
+        *(*region_keys(MODEL, Span(0, 10_000)), model_key("x" * 96)),
+        *(weights_key(MODEL), SWARM_KEY),
+    ):
         assert len(key) <= 50
         assert key.decode("ascii").startswith("/petals/")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from petals.protocol.checks import MAX_FRAME, MAX_HEADER, MAX_PLAIN_FRAME
 from petals.protocol.codec import FrameDecoder, encode, max_frame, max_rows
 from petals.protocol.errors import LocalProtocolError, RemoteProtocolError
-from petals.protocol.frames import FRAMES, Close, Description, Frame, Output, Probe, State
+from petals.protocol.frames import FRAMES, Chunk, Close, Description, Frame, Output, Probe, State
 from petals.protocol.tensor import DType, WireTensor
 from support.frame_strategies import FRAME_STRATEGIES, frames
 from support.sessions import output
@@ -368,6 +368,18 @@ def test_a_frame_carries_exactly_its_tensors(described: object, tensors: list[by
 )  # fmt: skip
 def test_a_tensor_must_be_what_its_description_says(described: object, complaint: str) -> None:
     assert refused(packed(HEADER | {"tensors": [described]}, bytes(8))) == complaint
+
+
+def test_bytes_are_of_any_length_and_no_tensor() -> None:
+    chunk = Chunk(3, 4, b"")
+    assert decode(wire(chunk)) == chunk
+    header = msgpack.unpackb(wire(chunk)[4:])[0]
+    assert header["tensors"] == [["bytes", [0], "none"]]
+    for described in (["bytes", [2], "none"], ["float32", [1], "none"], None):
+        lying = packed(header | {"tensors": [described]}, b"four")
+        assert refused(lying) == "chunk.data must be described as bytes"
+    tensor = packed(HEADER | {"tensors": [["bytes", [8], "none"]]}, bytes(8))
+    assert "dtype or shape is not one of" in refused(tensor)
 
 
 def test_tensors_are_msgpack_bins_and_nothing_else() -> None:

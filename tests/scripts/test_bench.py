@@ -24,7 +24,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_the_subcommands() -> None:
     done = bench("--help")
     assert done.returncode == 0
-    for subcommand in ("engine", "swarm", "relay", "smollm2", "frames", "quantization"):
+    names = ("engine", "swarm", "relay", "smollm2", "frames", "quantization", "weights")
+    for subcommand in names:
         assert subcommand in done.stdout
 
 
@@ -48,6 +49,7 @@ def test_bad_arguments_are_refused_in_words(arguments: list[str], said: str) -> 
     ("subcommand", "names"),
     [
         ("frames", ["float16 frame of one row", "int8"]),
+        ("weights", ["weights from a peer", "a session's step while weights are given"]),
         ("quantization", ["weights in nf4: RMS error", "rows sent in int8: held-out perplexity"]),
         (
             "relay",

@@ -14,13 +14,18 @@ from petals.protocol.checks import (
 )
 from petals.protocol.errors import ErrorCode
 from petals.protocol.frames import (
+    MAX_SHARDS_ASKED,
+    Chunk,
     Close,
     Describe,
     Description,
     Failed,
     Frame,
     Hello,
+    Holdings,
     Link,
+    ManifestPart,
+    NoChunk,
     Open,
     Output,
     Probe,
@@ -30,7 +35,11 @@ from petals.protocol.frames import (
     Resume,
     State,
     Step,
+    WantChunk,
+    WantHoldings,
+    WantManifest,
 )
+from petals.protocol.manifest import FIRST_BLOCK, MAX_MANIFEST
 from petals.protocol.span import Span
 from petals.protocol.tensor import DType, WireTensor
 
@@ -43,6 +52,10 @@ orders = st.lists(st.integers(0, MAX_BATCH - 1), max_size=MAX_BATCH).map(tuple)
 pasts = st.lists(st.builds(Rewind, counters, positions, orders), max_size=MAX_PAST).map(tuple)
 codes = st.sampled_from(ErrorCode)
 reasons = st.text(max_size=100)
+models = st.text(max_size=64)
+shard_numbers = st.integers(0, MAX_BLOCKS + FIRST_BLOCK)
+offsets = st.integers(0, MAX_MANIFEST)
+payloads = st.binary(max_size=1000)
 peers = st.builds(Peer, peer_ids, st.lists(st.text(max_size=256), max_size=8).map(tuple))
 spans = (
     st.tuples(st.integers(0, MAX_BLOCKS), st.integers(0, MAX_BLOCKS))
@@ -101,6 +114,15 @@ FRAME_STRATEGIES: dict[str, st.SearchStrategy[Frame]] = {
         st.binary(max_size=1000),
         st.dictionaries(st.text(max_size=64), st.floats(-1e18, 1e18), max_size=20),
     ),
+    "want_manifest": st.builds(WantManifest, models, offsets),
+    "manifest_part": st.builds(ManifestPart, st.integers(1, MAX_MANIFEST), offsets, payloads),
+    "want_holdings": st.builds(
+        WantHoldings, models, st.lists(shard_numbers, max_size=MAX_SHARDS_ASKED).map(tuple)
+    ),
+    "holdings": st.builds(Holdings, payloads),
+    "want_chunk": st.builds(WantChunk, models, shard_numbers, offsets),
+    "chunk": st.builds(Chunk, shard_numbers, offsets, payloads),
+    "no_chunk": st.builds(NoChunk, shard_numbers, offsets),
 }
 
 frames = st.one_of(*FRAME_STRATEGIES.values())

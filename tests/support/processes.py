@@ -186,6 +186,24 @@ class ServingNode(CommandProcess):
         self.blocks = None if event["blocks"] is None else tuple(event["blocks"])
 
 
+class SeedNode(CommandProcess):
+    """A ``petals-node seed`` process."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        super().__init__(
+            "seed", "--json", "--listen", LOOPBACK, "--data-dir", str(folder), *options
+        )
+        self.peer_id = ""
+        self.multiaddr = ""
+        self.fingerprint = ""
+
+    def wait_seeding(self) -> None:
+        """Until it says that it gives its model."""
+        event = self.event("seeding")
+        self.peer_id, self.multiaddr = event["peer_id"], event["multiaddr"]
+        self.fingerprint = event["fingerprint"]
+
+
 class ProcessSwarm:
     """A bootstrap peer without a model, and nodes that serve. Made by ``swarm``."""
 
@@ -216,6 +234,20 @@ class ProcessSwarm:
         """Start a node for each span, all at once, and wait until they serve."""
         joining = ("--model", str(model), "--bootstrap", self.address, *options)
         return self._serving([self._start(*joining, "--blocks", span) for span in spans])
+
+    def start(self, model: str | Path, *options: str, folder: Path | None = None) -> ServingNode:
+        """Start a node, and don't wait for it; ``folder``: with the data of one that is gone."""
+        joining = ("--model", str(model), "--bootstrap", self.address)
+        return self._start(*joining, *options, folder=folder)
+
+    def seed(self, model: str | Path, *options: str) -> "SeedNode":
+        """Start a ``petals-node seed``, and wait until it gives the model."""
+        node = SeedNode(
+            self._new_folder(), "--model", str(model), "--bootstrap", self.address, *options
+        )
+        self._stack.enter_context(node)
+        node.wait_seeding()
+        return node
 
     def serve_named(
         self, spans: Mapping[str, str], model: str | Path, *, options: Sequence[str] = ()
@@ -265,11 +297,15 @@ class ProcessSwarm:
         )  # fmt: skip
         return self._stack.enter_context(process)
 
-    def _start(self, *options: str, listen: str = LOOPBACK) -> ServingNode:
-        number = len(list(self._folder.iterdir()))
-        folder = self._folder / str(number)
+    def _new_folder(self) -> Path:
+        folder = self._folder / str(len(list(self._folder.iterdir())))
         folder.mkdir()
-        node = ServingNode(folder, *options, listen=listen, haste=self._haste)
+        return folder
+
+    def _start(
+        self, *options: str, listen: str = LOOPBACK, folder: Path | None = None
+    ) -> ServingNode:
+        node = ServingNode(folder or self._new_folder(), *options, listen=listen, haste=self._haste)
         self._stack.enter_context(node)
         return node
 

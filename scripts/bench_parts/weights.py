@@ -1,0 +1,174 @@
+"""``scripts/bench weights``: weights from a peer, against raw bytes over the same transport.
+
+Giver and fetcher are processes of their own, on loopback; what comes is hashed and written to the disk.
+Then a session decodes at the node that gives, alone and while it gives: by itself a node slows down for
+its sessions, so that the two rates are two different figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from .local import AUTO, mode_label, token_ids
+from .loopback_swarm import LoopbackSwarm, loopback_swarm
+from .report import Aim, Report, Row, number
+from .settings import Settings, fits_memory
+from .timing import interleaved
+
+SHARE_OF_TRANSPORT = 0.7
+SLOWER_STEPS = 1.3
+PROMPT = 32
+LONG = 3600.0
+
+
+def run(settings: Settings, report: Report, parts: Sequence[str] | None) -> None:
+    """The first model that writes text."""
+    if parts:
+        raise SystemExit("--part: weights has none")
+    size = settings.whole[0]
+    if fits_memory(size.parameters * 6, f"{size.name} swarm", report):
+        trio.run(measure, settings, report, settings.folder(size, report), size.name)
+
+
+class Process:
+    """A process of ours that answers lines of JSON; gone when the block ends."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        scripts = str(pathlib.Path(__file__).parent.parent)
+        paths = [scripts, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", f"bench_parts.{module}", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def ask(self, **asked: Any) -> dict[str, Any]:
+        """Tell it something, and wait for the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """What it says next."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("a process of the benchmark has ended; see above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+async def measure(settings: Settings, report: Report, folder: pathlib.Path, name: str) -> None:
+    """Start everything, then take turns."""
+    with TemporaryDirectory(prefix="petals-bench-") as fresh:
+        async with loopback_swarm(folder, 1, AUTO.dtype) as swarm:
+            giver = swarm.servers[0]
+            with Process("raw_sender") as sender, Process("weights_worker", fresh) as worker:
+                transport(settings, report, name, giver, sender.answer(), worker)
+                label = mode_label(settings.whole[0], folder, AUTO)
+                await beside_a_session(settings, report, label, swarm, giver, worker)
+
+
+def transport(
+    settings: Settings,
+    report: Report,
+    name: str,
+    giver: Mapping[str, Any],
+    sender: Mapping[str, Any],
+    worker: Process,
+) -> None:
+    """How fast verified weights come, by how fast bytes do."""
+    size = settings.fetched_bytes
+
+    def rate(**asked: Any) -> float:
+        answer = worker.ask(bytes=size, seconds=LONG, **asked)
+        return float(answer["bytes"] / answer["seconds"])
+
+    samples = interleaved(
+        {
+            "raw": lambda: rate(what="raw", **sender),
+            "weights": lambda: rate(what="weights", **giver),
+        },
+        settings.rounds,
+    )
+    raw, weights = (statistics.median(samples[each]) for each in ("raw", "weights"))
+    report.add(
+        Row(
+            f"{name}: weights from a peer",
+            weights / 1e6,
+            "MB/s",
+            f"raw stream {number(raw / 1e6)} MB/s",
+            weights / raw,
+            Aim(at_least=SHARE_OF_TRANSPORT),
+        )
+    )
+
+
+async def beside_a_session(
+    settings: Settings,
+    report: Report,
+    label: str,
+    swarm: LoopbackSwarm,
+    giver: Mapping[str, Any],
+    worker: Process,
+) -> None:
+    """How long a session's steps take while the node that runs them gives weights."""
+    prompt = token_ids(swarm.vocabulary, PROMPT, seed=1)
+    alone, beside, rates = [], [], []
+    for _ in range(settings.rounds + 1):  # the first one does not count
+        alone.append((await swarm.write(prompt, settings.beside_tokens)).token)
+        answers: list[dict[str, Any]] = []
+
+        def fetch(answers: list[dict[str, Any]] = answers) -> None:
+            # for as long as it takes: its end is told by hand
+            answers.append(
+                worker.ask(what="weights", bytes=1 << 50, seconds=settings.beside_seconds, **giver)
+            )
+
+        thread = threading.Thread(target=fetch)
+        thread.start()
+        times: list[float] = []
+        while thread.is_alive():
+            times.append((await swarm.write(prompt, settings.beside_tokens)).token)
+        thread.join()
+        beside.append(statistics.median(times[:-1] or times))
+        rates.append(answers[0]["bytes"] / answers[0]["seconds"])
+    step, slowed = statistics.median(alone[1:]), statistics.median(beside[1:])
+    rate = statistics.median(rates[1:])
+    report.add(
+        Row(
+            f"{label}: a session's step while weights are given",
+            slowed * 1e3,
+            "ms",
+            f"alone {number(step * 1e3)} ms; given meanwhile: {number(rate / 1e6)} MB/s",
+            slowed / step,
+            Aim(at_most=SLOWER_STEPS),
+        )
+    )
