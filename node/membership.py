@@ -141,7 +141,7 @@ class Membership:
         listed = self._dice.random() * self._size() < INDEX_WRITERS
         # the regions of the last announcement, too: nobody shall look for this node where it was
         span = announcement.span
-        keys = set() if span is None else {*region_keys(announcement.model, span)}
+        keys = set() if span is None else set(region_keys(announcement.model, span))
         if announcement.moving_to is not None:  # where it counts already
             keys |= {*region_keys(announcement.model, announcement.moving_to)}
         elsewhere = self._regions - keys

@@ -295,7 +295,12 @@ def seed_command(
     json_lines: options.EventsOption = False,
     exit_with_stdin: options.EndWithStdinOption = False,
 ) -> int:
-    """Give a model to whoever knows its fingerprint, without serving blocks, until Ctrl-C."""
+    """Give a model to whoever knows its fingerprint, without serving blocks, until Ctrl-C.
+
+    It reads all of the model once, and then says under which fingerprint others get it, config and
+    tokenizer included: with `--model petals:FINGERPRINT` in place of a folder. It needs no memory for
+    the model, and nobody needs it any more once others have every piece.
+    """
     from . import arguments, run
 
     config = run.node_config(

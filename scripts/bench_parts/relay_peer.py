@@ -27,7 +27,7 @@ def network(*relays: str, serve: bool) -> AbstractAsyncContextManager[Libp2pNetw
     """One on loopback that holds nothing for others; reached through ``relays`` if there are any."""
     return open_network(
         new_identity(),
-        merge=lambda *_: [],
+        merge=lambda *_, **_options: [],
         clock=time.time,
         listen=[LISTEN] if serve else [],
         bootstrap=relays,

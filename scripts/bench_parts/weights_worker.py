@@ -34,7 +34,7 @@ HELLO = Hello(PROTOCOL_VERSION, "bench")
 async def main() -> None:
     folder = Path(sys.argv[1])
     async with open_network(
-        new_identity(), merge=partial(merge_entries, dice=random.Random()), clock=time.time
+        new_identity(), merge=partial(merge_entries, salt=b"bench"), clock=time.time
     ) as network:
         manifests: dict[str, Manifest] = {}
         while line := await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
