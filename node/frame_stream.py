@@ -26,6 +26,8 @@ class FrameStream:
         self._decoder = FrameDecoder(limit)
         self._received: collections.deque[Frame] = collections.deque()
         self._send_lock = trio.Lock()
+        self.cut_off = False
+        """Whether it has ended in the middle of a frame: the peer may just have died."""
 
     @property
     def peer_id(self) -> str:
@@ -63,6 +65,7 @@ class FrameStream:
                 data = await self._stream.receive()
                 if not data:
                     if self._decoder.mid_frame:
+                        self.cut_off = True
                         raise RemoteProtocolError(f"peer {self.peer_id} left in mid-frame")
                     return None
                 self._received.extend(self._decoder.feed(data))

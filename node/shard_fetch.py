@@ -272,6 +272,10 @@ class ShardFetch:
                     if frame is None:
                         raise PeerError("it has ended the stream", peer_id=peer.peer_id)
                     await self._take(peer.peer_id, asked, frame, nursery)
+        except RemoteProtocolError as error:
+            if frames.cut_off:  # it was killed, or wants to look so: nothing was wrong
+                raise PeerError(str(error), peer_id=peer.peer_id) from error
+            raise
         finally:
             await frames.close()
 
