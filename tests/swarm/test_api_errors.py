@@ -30,7 +30,7 @@ from support.reference import ReferenceModel
 def served(
     random_bloom: ReferenceModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    with serving_apis(random_bloom, tmp_path_factory.mktemp("swarm"), "0:8") as apis:
+    with serving_apis(random_bloom, tmp_path_factory.mktemp("swarm"), "0:3", "3:6", "6:8") as apis:
         yield apis
 
 
