@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 32")
+#define UNROLL _Pragma("GCC unroll 16")
 
 #if defined(__AVX512F__)
 typedef __m512 vec;
@@ -132,7 +132,7 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
    feature and a group of inputs: they scale the sum of the group. */
 
 #define PANEL (2 * LANES)
-#define DEPTH 1024 /* inputs at once: a panel's part and its rows' stay in the second-level cache */
+#define DEPTH 2048 /* inputs at once: a panel's part and its rows' stay in the second-level cache */
 #define BLOCK_ROWS (8 * MAX_TILE)
 #define LINE 64     /* bytes of a cache line */
 #define AHEAD 32768 /* bytes: some pages, so that addresses are looked up in time, too */
@@ -163,18 +163,6 @@ INLINE struct pair load_weights(const char *p, const enum dtype dtype) {
         return (struct pair){from_int8(integers), from_int8(integers + LANES)};
     }
     default: return (struct pair){load(p, dtype), load(p + LANES * width(dtype), dtype)};
-    }
-}
-
-/* One half of them, the first or the second. */
-INLINE vec load_half(const char *p, int half, const enum dtype dtype) {
-    switch (dtype) {
-    case NF4: {
-        const struct pair both = load_weights(p, NF4);
-        return half ? both.right : both.left;
-    }
-    case INT8: return from_int8((const int8_t *)p + half * LANES);
-    default: return load(p + half * LANES * width(dtype), dtype);
     }
 }
 
@@ -234,36 +222,8 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
             }
 }
 
-/* The same for one panel and twice as many rows: half of the panel, then the other half, so that a
-   weight is widened once for all rows. Arithmetic is what many rows wait for. */
-INLINE void tall_tile(const struct part *part, const int rows, const enum dtype dtype) {
-    const int scaled = dtype == INT8 || dtype == NF4;
-    const ptrdiff_t row_bytes = panel_row(dtype);
-    for (int half = 0; half < 2; half++) {
-        float *out = part->out + half * LANES;
-        vec sums[2 * MAX_TILE];
-        UNROLL for (int r = 0; r < rows; r++)
-            sums[r] = scaled ? SET(0.0f) : LOAD(out + r * part->features);
-        for (ptrdiff_t i = 0; i < part->count; i++) {
-            const char *row = part->weights + i * row_bytes;
-            UNROLL for (ptrdiff_t line = 0; line < row_bytes; line += LINE)
-                _mm_prefetch(row + AHEAD + line, _MM_HINT_T0);
-            const vec weights = load_half(row, half, dtype);
-            UNROLL for (int r = 0; r < rows; r++)
-                sums[r] = FMA(weights, SET(part->rows[i * rows + r]), sums[r]);
-        }
-        UNROLL for (int r = 0; r < rows; r++) {
-            float *to = out + r * part->features;
-            const vec sum = sums[r];
-            STORE(to, scaled ? FMA(sum, LOAD(part->scales + half * LANES), LOAD(to)) : sum);
-        }
-    }
-}
-
 /* Panels that are walked through together: enough sums to hide what an addition takes. */
 #define TOGETHER(rows) (4 * (rows) <= MAX_TILE ? 4 : 2 * (rows) <= MAX_TILE ? 2 : 1)
-#define TALL_CASE(ROWS)                                                                       \
-    case ROWS: tall_tile(part, ROWS, dtype); break;
 
 #define CASE(ROWS)                                                                            \
     case ROWS:                                                                                \
@@ -276,13 +236,8 @@ INLINE void tall_tile(const struct part *part, const int rows, const enum dtype 
 INLINE void tile_of(const struct part *part, int rows, int panels, const enum dtype dtype) {
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if MAX_TILE == 6
-        TALL_CASE(7) TALL_CASE(8) TALL_CASE(9) TALL_CASE(10) TALL_CASE(11) TALL_CASE(12)
-#else
+#if MAX_TILE > 6
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
-        TALL_CASE(15) TALL_CASE(16) TALL_CASE(17) TALL_CASE(18) TALL_CASE(19) TALL_CASE(20)
-        TALL_CASE(21) TALL_CASE(22) TALL_CASE(23) TALL_CASE(24) TALL_CASE(25) TALL_CASE(26)
-        TALL_CASE(27) TALL_CASE(28)
 #endif
     }
 }
@@ -311,8 +266,8 @@ void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, co
     const ptrdiff_t at_once = group ? least(group, DEPTH) : DEPTH;
     for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
         const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
-        const ptrdiff_t tiles = (block + 2 * MAX_TILE - 1) / (2 * MAX_TILE);
-        const int together = TOGETHER(block);
+        const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
+        const int together = tiles > 1 ? TOGETHER(MAX_TILE) : TOGETHER(block);
         const ptrdiff_t strips = (panels + together - 1) / together;
         const float *ordered = block == 1 ? x + begun * inputs : packed;
 #pragma omp parallel
