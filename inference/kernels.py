@@ -135,7 +135,7 @@ class _Native:
 
 
 class NativeFloat(_Native):
-    """Of weights of 32 bits. Many small matrices gain: a call costs a tenth of a library's."""
+    """Of weights of 32 bits: for one row a fifth to a third faster than oneDNN, for hundreds slower."""
 
     @staticmethod
     def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:

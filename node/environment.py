@@ -14,7 +14,7 @@ TORCH_SETTINGS = {
     "GOMP_SPINCOUNT": "10000",
     # oneDNN makes code for every shape of a product, and keeps it: half a MiB for each count of rows that
     # a round has had, for each shape of matrix. It keeps a thousand, and torch's bridge to it a thousand
-    # more: a node that computes in float32 grew for hours, by hundreds of MiB. These are enough for the
+    # more: a node whose float32 it multiplies grew for hours, by hundreds of MiB. These are enough for the
     # rounds of some thirty sessions; what is made anew costs a round a few milliseconds.
     "LRU_CACHE_CAPACITY": "1",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",

@@ -7,20 +7,16 @@ its sessions, so that the two rates are two different figures.
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any
 
 import trio
 
+from .json_process import JsonProcess
 from .local import AUTO, mode_label, token_ids
 from .loopback_swarm import LoopbackSwarm, loopback_swarm
 from .report import Aim, Report, Row, number
@@ -42,55 +38,15 @@ def run(settings: Settings, report: Report, parts: Sequence[str] | None) -> None
         trio.run(measure, settings, report, settings.folder(size, report), size.name)
 
 
-class Process:
-    """A process of ours that answers lines of JSON; gone when the block ends."""
-
-    def __init__(self, module: str, *arguments: str) -> None:
-        scripts = str(pathlib.Path(__file__).parent.parent)
-        paths = [scripts, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"bench_parts.{module}", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        )
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def ask(self, **asked: Any) -> dict[str, Any]:
-        """Tell it something, and wait for the answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """What it says next."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("a process of the benchmark has ended; see above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
 async def measure(settings: Settings, report: Report, folder: pathlib.Path, name: str) -> None:
     """Start everything, then take turns."""
     with TemporaryDirectory(prefix="petals-bench-") as fresh:
         async with loopback_swarm(folder, 1, AUTO.dtype) as swarm:
             giver = swarm.servers[0]
-            with Process("raw_sender") as sender, Process("weights_worker", fresh) as worker:
+            with (
+                JsonProcess("raw_sender") as sender,
+                JsonProcess("weights_worker", fresh) as worker,
+            ):
                 transport(settings, report, name, giver, sender.answer(), worker)
                 label = mode_label(settings.whole[0], folder, AUTO)
                 await beside_a_session(settings, report, label, swarm, giver, worker)
@@ -102,7 +58,7 @@ def transport(
     name: str,
     giver: Mapping[str, Any],
     sender: Mapping[str, Any],
-    worker: Process,
+    worker: JsonProcess,
 ) -> None:
     """How fast verified weights come, by how fast bytes do."""
     size = settings.fetched_bytes
@@ -137,7 +93,7 @@ async def beside_a_session(
     label: str,
     swarm: LoopbackSwarm,
     giver: Mapping[str, Any],
-    worker: Process,
+    worker: JsonProcess,
 ) -> None:
     """How long a session's steps take while the node that runs them gives weights."""
     prompt = token_ids(swarm.vocabulary, PROMPT, seed=1)
