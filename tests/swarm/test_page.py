@@ -186,7 +186,7 @@ def test_it_is_seen_at_work(seen: Seen) -> None:
 
 def test_a_text_can_be_stopped_and_made_anew(seen: Seen) -> None:
     window = seen.browser
-    settle(window, temperature=0.7, max_tokens=800)
+    settle(window, temperature=0.7, max_tokens=800, seed=4)
     ask(window, PROMPT)
     window.wait(lambda: window.text(".turn.assistant .said"))
     window.click("#stop")
