@@ -1,7 +1,6 @@
 """Private swarms: the files that say who may take part, and what happens to the others."""
 
 import os
-import secrets
 import stat
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from petals.protocol.errors import ConfigError, PeerError
 from support.networks import ECHO, Libp2pWorld, echo, receive_exactly
 
 KEY = bytes(range(32))
+ANOTHER = bytes(range(1, 33))
 HEX = KEY.hex()
 HEADER = "/key/swarm/psk/1.0.0/"
 QUICK = 3.0
@@ -126,7 +126,7 @@ async def test_who_has_the_key_takes_part(world: Libp2pWorld) -> None:
 @pytest.mark.parametrize(
     ("theirs", "ours", "words"),
     [
-        (KEY, secrets.token_bytes(32), "wrong swarm key"),
+        (KEY, ANOTHER, "wrong swarm key"),
         (None, KEY, "it has no swarm key"),
         (KEY, None, "--swarm-key"),
     ],
