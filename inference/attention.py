@@ -27,7 +27,7 @@ import torch
 
 from .cache import LaneCache
 from .kernels import least_seconds
-from .native import native
+from .native import CachedLanes, native
 
 _SCRATCH_BYTES = 32 * 2**20
 """About how much a group of heads may take in masks, keys and values. Small enough to stay near the
@@ -148,8 +148,9 @@ class Plan:
         self.scratch = scratch
         self.slopes = None if bias is None else bias.slopes
         """fp32 ``[heads]`` of ALiBi."""
-        self.decoding: list[tuple[LaneCache, int]] = []
+        self._decoding: list[tuple[LaneCache, int]] = []
         """Lanes that go together, each with its row."""
+        self._cached: dict[int, CachedLanes] = {}
         self.looped: list[_Lane] = []
         """Lanes that go one by one."""
         together = bias is None or bias.slopes is not None
@@ -157,10 +158,24 @@ class Plan:
         for lane in self.lanes:
             on_cpu = lane.cache.device.type == "cpu"
             if together and lane.rows == 1 and on_cpu and native() is not None:
-                self.decoding.append((lane.cache, first))
+                self._decoding.append((lane.cache, first))
             else:
                 self.looped.append(_Lane(lane, first, bias))
             first += lane.rows
+
+    def prepare(self, blocks: Sequence[int]) -> None:
+        """Make room in the caches of ``blocks`` for the rows that decode, all at once."""
+        if not self._decoding:
+            return
+        lengths = [cache.length for cache, _ in self._decoding]
+        rows = [row for _, row in self._decoding]
+        for block in blocks:
+            caches = [cache.make_room(block, 1) for cache, _ in self._decoding]
+            self._cached[block] = CachedLanes(caches, lengths, rows)
+
+    def decoding(self, block: int) -> CachedLanes | None:
+        """What those rows have cached in a block that was prepared; None if there are none."""
+        return self._cached[block] if self._decoding else None
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """int64 ``[1, rows]``: where in its lane each row is."""
@@ -192,19 +207,16 @@ def ragged_attention(
     """
     _, heads, rows, head_dim = query.shape
     output = query.new_empty((rows, heads, head_dim))
-    queries = query[0]
-    new_keys, new_values = key[0].transpose(1, 2), value[0].transpose(1, 2)
-    if plan.decoding:
+    decoding = plan.decoding(block)
+    if decoding is not None:
         library = native()
         assert library is not None
         library.decode_attention(
-            queries,
-            key[0],
-            value[0],
+            query,
+            key,
+            value,
             output,
-            caches=[cache.make_room(block, 1) for cache, _ in plan.decoding],
-            lengths=[cache.length for cache, _ in plan.decoding],
-            rows=[row for _, row in plan.decoding],
+            decoding,
             scale=scale,
             slopes=plan.slopes,
             window=window,
@@ -212,10 +224,12 @@ def ragged_attention(
         )
     for lane in plan.looped:
         part = slice(lane.first, lane.first + lane.rows)
-        keys, values = lane.cache.append(block, new_keys[:, :, part], new_values[:, :, part])
+        keys, values = lane.cache.append(
+            block, key[0, :, part].transpose(1, 2), value[0, :, part].transpose(1, 2)
+        )
         seen = lane.seen(window)
         _attend(
-            queries[:, part],
+            query[0, :, part],
             keys[:, :, seen.first :],
             values[:, :, seen.first :],
             _Scores(seen.bias, seen.mask, scale, softcap),

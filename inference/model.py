@@ -67,6 +67,7 @@ class Blocks:
         span = self.span if span is None else span
         if not self.span.covers(span):
             raise LocalProtocolError(f"blocks {span} were asked for, {self.span} are loaded")
+        plan.prepare(range(span.start, span.end))
         run = self._start(hidden, plan)
         for block in range(span.start, span.end):
             hidden = run(block, self.module(block), hidden)

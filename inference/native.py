@@ -40,6 +40,8 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3,
 """``enum dtype``; NF4 are unsigned bytes here."""
 
 _void, _size, _int, _float = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_float
+_Views = ctypes.c_int64 * 9
+"""``struct strided`` three times."""
 
 
 class NativeError(RuntimeError):
@@ -65,6 +67,36 @@ class PackedMatrix:
         data = self.data[list(numbers)]
         features = len(data) * data.shape[2]
         return PackedMatrix(features, self.inputs, features, data)
+
+
+class CachedLanes:
+    """What lanes have cached in one block, in the order that ``Native.decode_attention`` reads it in.
+
+    Made before a round begins: between two products, what Python does is time in which all threads wait.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        lengths: Sequence[int],
+        rows: Sequence[int],
+    ) -> None:
+        """Lane i has ``lengths[i]`` tokens in ``caches[i]`` and owns row ``rows[i]`` of the batch.
+
+        Its keys and its values are ``[cache_heads, head_dim, capacity]``, of one dtype for all lanes.
+        """
+        self._caches = tuple(caches)  # whose memory the table points to
+        self._table = np.array(
+            [
+                (keys.data_ptr(), values.data_ptr(), keys.shape[2], length, row)
+                for (keys, values), length, row in zip(caches, lengths, rows, strict=True)
+            ],
+            np.int64,
+        )
+        self.address: int = self._table.ctypes.data
+        """Of ``struct lane``, ``count`` times."""
+        self.count = len(self._table)
+        self.dtype = caches[0][0].dtype
 
 
 def mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -164,9 +196,7 @@ class Native:
         key: torch.Tensor,
         value: torch.Tensor,
         output: torch.Tensor,
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        lengths: Sequence[int],
-        rows: Sequence[int],
+        lanes: CachedLanes,
         *,
         scale: float,
         slopes: torch.Tensor | None,
@@ -175,36 +205,27 @@ class Native:
     ) -> None:
         """For each lane, attend its row to what it has cached and to itself.
 
-        ``query`` is ``[heads, rows, head_dim]``, ``key`` and ``value`` are ``[cache_heads, rows,
-        head_dim]``; lane i's row is ``rows[i]``. Its keys and values are ``caches[i]``, each
-        ``[cache_heads, head_dim, capacity]`` of one dtype for all lanes; behind the ``lengths[i]``
-        tokens that they hold, the new ones are written. Writes those rows of ``output`` ``[rows,
-        heads, head_dim]``. ``slopes`` ``[heads]`` are ALiBi's. ``window`` is how many tokens, itself
-        among them, a row sees; ``softcap`` bends scores into -softcap to softcap.
+        ``query`` is ``[1, heads, rows, head_dim]``, ``key`` and ``value`` are ``[1, cache_heads, rows,
+        head_dim]``. Behind the tokens that a lane has cached, the new ones are written. Writes the
+        lanes' rows of ``output`` ``[rows, heads, head_dim]``. ``slopes`` ``[heads]`` are ALiBi's.
+        ``window`` is how many tokens, itself among them, a row sees; ``softcap`` bends scores into
+        -softcap to softcap.
         """
-        tensors = [x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value)]
-        views = np.array([(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors], np.int64)
-        lanes = np.array(
-            [
-                (keys.data_ptr(), values.data_ptr(), keys.shape[2], length, row)
-                for (keys, values), length, row in zip(caches, lengths, rows, strict=True)
-            ],
-            np.int64,
-        )
-        heads, _, head_dim = query.shape
+        views = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
+        _, heads, _, head_dim = query.shape
         self._attention(
-            views.ctypes.data,
+            _Views(*[n for x in views for n in (x.data_ptr(), x.stride(1), x.stride(2))]),
             output.data_ptr(),
-            lanes.ctypes.data,
-            len(lanes),
+            lanes.address,
+            lanes.count,
             heads,
-            key.shape[0],
+            key.shape[1],
             head_dim,
             window or 0,
             scale,
             softcap or 0.0,
             None if slopes is None else slopes.data_ptr(),
-            _DTYPES[caches[0][0].dtype],
+            _DTYPES[lanes.dtype],
         )
 
 

@@ -102,6 +102,25 @@ def test_memory_follows_use_not_reservation() -> None:
     assert SHAPE.bytes_per_token == 2 * 2 * 3 * 4
 
 
+def test_blocks_grow_little_and_not_all_at_once() -> None:
+    lane = LaneCache(SHAPE, 4000)
+    lane.expect(1000)
+    most_at_once = 0
+    capacities = dict.fromkeys(range(24), 0)
+    while lane.length < 2000:
+        rows = torch.zeros(2, 3, 1 if lane.length else 1000)
+        before = dict(capacities)
+        for block in capacities:
+            keys, _ = lane.append(block, rows, rows)
+            capacities[block] = keys.untyped_storage().nbytes() // (2 * 3 * 4)
+        lane.length += rows.shape[2]
+        assert max(capacities.values()) <= 1.25 * lane.length + 16
+        if rows.shape[2] == 1:
+            grown = sum(capacities[block] > before[block] for block in capacities)
+            most_at_once = max(most_at_once, grown)
+    assert 0 < most_at_once <= 8
+
+
 @given(st.data())
 def test_lanes_take_the_place_of_others(data: st.DataObject) -> None:
     """Beside a dumb twin: a list of numbers per lane; lanes with as much padding may be exchanged."""

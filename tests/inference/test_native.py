@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from petals.inference import native as module
-from petals.inference.native import Native, NativeError, native
+from petals.inference.native import CachedLanes, Native, NativeError, native
 from petals.inference.quantizing import NF4_GROUP, NF4_LEVELS, Int8Weights, Nf4Weights
 from torch.nn import functional as F
 
@@ -118,7 +118,9 @@ def test_attention_of_rows_that_decode(
     output = torch.full((batch, heads, head_dim), 7.0)
     rows = range(1, batch - 1)
     options: dict[str, Any] = {"slopes": slopes, "window": window, "softcap": softcap}
-    library.decode_attention(query, key, value, output, caches, lengths, rows, scale=0.3, **options)
+    lanes = CachedLanes(caches, lengths, rows)
+    views = query[None], key[None], value[None]
+    library.decode_attention(*views, output, lanes, scale=0.3, **options)
     assert (output[0] == 7).all()
     assert (output[-1] == 7).all()
     for (keys, values), length, row in zip(caches, lengths, rows, strict=True):
@@ -145,9 +147,9 @@ def test_what_is_not_finite_stays_visible(library: Native) -> None:
         bad[1, 0, 3] = torch.nan
         cache = normal(2, 8, 64, seed=4), normal(2, 8, 64, seed=5)
         output = torch.zeros(1, 2, 8)
-        library.decode_attention(
-            query, key, value, output, [cache], [40], [0], scale=1.0, slopes=None
-        )
+        lanes = CachedLanes([cache], [40], [0])
+        views = query[None], key[None], value[None]
+        library.decode_attention(*views, output, lanes, scale=1.0, slopes=None)
         assert torch.isfinite(output[0, 0]).all()
         if bad is not key:  # a key that is NaN comes with such a value
             assert torch.isnan(output[0, 1]).any()
