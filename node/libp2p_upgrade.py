@@ -5,12 +5,15 @@ from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
 from libp2p.custom_types import TMuxerOptions, TProtocol, TSecurityOptions
 from libp2p.peer.id import ID
+from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.transport.exceptions import SecurityUpgradeFailure
 from libp2p.transport.upgrader import TransportUpgrader
 
+from .libp2p_noise import NoiseMessages
 from .libp2p_yamux import PROTOCOL_ID as YAMUX
 from .libp2p_yamux import Traffic, YamuxConnection
 from .libp2p_yamux_stream import YamuxLimits
@@ -45,6 +48,9 @@ class _AllowedOnly(TransportUpgrader):
         if not self._privacy.allows(str(secured.get_remote_peer())):
             await secured.close()
             raise SecurityUpgradeFailure(f"{secured.get_remote_peer()} is not on our list")
+        assert isinstance(secured, SecureSession)
+        assert isinstance(secured.conn, NoiseTransportReadWriter)
+        secured.conn = NoiseMessages(raw_conn, secured.conn.noise_state)
         return secured
 
 

@@ -48,6 +48,7 @@ PROTOCOL_ID = "/yamux/1.0.0"
 
 _QUEUED_DATA_FRAMES = 8  # half a MiB: enough to keep the writer busy, little for others to wait for
 _QUEUED_FRAMES = 4096  # all kinds; only a peer that provokes replies and reads none gets there
+_WRITE_BYTES = 4 * MESSAGE_BYTES  # a system call costs as much as encrypting half a message
 _FLUSH_SECONDS = 0.5  # what an orderly close waits for queued frames to leave
 
 
@@ -265,7 +266,7 @@ class YamuxConnection(IMuxedConn):
                         return
                     self._work = trio.Event()
                     await self._work.wait()
-                await self.secured_conn.write(self._next_message())
+                await self.secured_conn.write(self._next_frames())
         except Exception as error:  # noqa: BLE001 - whatever it is, this connection is lost
             self._stop(f"the connection was lost ({str(error) or type(error).__name__})")
 
@@ -323,14 +324,14 @@ class YamuxConnection(IMuxedConn):
         self._work.set()
         return not self.is_closed
 
-    def _next_message(self) -> bytes:
-        """As many queued frames as fit into one Noise message."""
+    def _next_frames(self) -> bytes:
+        """As many queued frames as are written at once."""
         frames: list[bytes] = []
         size = 0
-        while self._urgent and size + HEADER.size <= MESSAGE_BYTES:
+        while self._urgent and size + HEADER.size <= _WRITE_BYTES:
             frames.append(self._urgent.popleft())
             size += HEADER.size
-        while self._ordered and size + len(self._ordered[0][0]) <= MESSAGE_BYTES:
+        while self._ordered and size + len(self._ordered[0][0]) <= _WRITE_BYTES:
             frame, holds_slot = self._ordered.popleft()
             frames.append(frame)
             size += len(frame)
