@@ -10,6 +10,7 @@ the files are the same.
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -94,8 +95,11 @@ class ShardReader:
     def _piece(self, entry: Tensor | File, start: int, stop: int) -> bytes:
         if isinstance(entry, Tensor):
             self._require_same(self._weights.filename(entry.name))
+            stored = self._opened(entry.name)
+            if stored.place is not None:
+                return _read_piece(stored, stored.place, entry, start, stop)
             # A copy, made here: what is mapped would be read from the disk wherever it is sent from.
-            return bytes(_piece(self._opened(entry.name), entry, start, stop))
+            return bytes(_piece(stored, entry, start, stop))
         content = self._read_file(entry.name)
         if content is None:
             raise ModelError(f"{self._source.name}: {self._source.missing(entry.name)}")
@@ -201,10 +205,30 @@ def _pieces(stored: Stored, tensor: Tensor) -> Iterator[memoryview]:
         yield _piece(stored, tensor, start, min(start + step, tensor.size))
 
 
-def _piece(stored: Stored, tensor: Tensor, start: int, stop: int) -> memoryview:
-    """Bytes ``start..stop-1`` of a tensor."""
+def _read_piece(
+    stored: Stored, place: tuple[Path, int], tensor: Tensor, start: int, stop: int
+) -> bytes:
+    """Bytes ``start..stop-1`` of a tensor that lies in a file as it is; to map it would cost more."""
+    _require_described(stored, tensor)
+    path, offset = place
+    try:
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), stop - start, offset + start)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) < stop - start:
+        raise ModelError(f"{path} is cut off")
+    return data
+
+
+def _require_described(stored: Stored, tensor: Tensor) -> None:
     if (tuple(stored.shape), stored.dtype) != (tensor.shape, getattr(torch, tensor.dtype)):
         raise ModelError(f"the tensor {tensor.name} is another in the files than in the manifest")
+
+
+def _piece(stored: Stored, tensor: Tensor, start: int, stop: int) -> memoryview:
+    """Bytes ``start..stop-1`` of a tensor."""
+    _require_described(stored, tensor)
     row = tensor.size // tensor.shape[0]
     first = start // row
     rows = stored.rows(first, -(-stop // row)).contiguous()

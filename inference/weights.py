@@ -46,6 +46,8 @@ class Stored:
     dtype: torch.dtype | None
     """As stored; None: one that cannot be read, see ``_STORED``."""
     _read: Rows
+    place: tuple[Path, int] | None = None
+    """The file that holds its bytes row by row, and from where on; None: they are found otherwise."""
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Entries ``start..stop-1`` along the first dimension, on the CPU."""
@@ -224,10 +226,27 @@ def _open_safetensors(path: Path) -> tuple[list[str], Reader]:
         with opened() as file:
             entries = file.get_slice(key)
             dtype = _SAFETENSORS.get(entries.get_dtype())
-            return Stored(torch.Size(entries.get_shape()), dtype, rows)
+            place = (path, offsets()[key])
+            return Stored(torch.Size(entries.get_shape()), dtype, rows, place)
+
+    @functools.cache
+    def offsets() -> dict[str, int]:
+        return _data_offsets(path)
 
     with opened() as file:
         return list(file.keys()), read
+
+
+def _data_offsets(path: Path) -> dict[str, int]:
+    """Where in a safetensors file, which was found to be one, the bytes of each tensor begin."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {
+        key: 8 + size + described["data_offsets"][0]
+        for key, described in header.items()
+        if key != "__metadata__"
+    }
 
 
 def file_identity(path: Path) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """Frames over a stream: hello first, every wait with a deadline, any number of senders."""
 
 import collections
+from typing import TypeVar
 
 import trio
 
@@ -10,6 +11,8 @@ from ..protocol.errors import ErrorCode, PeerError, RemoteProtocolError
 from ..protocol.frames import PROTOCOL_VERSION, Failed, Frame, Hello, Refused
 from .network import Network, Stream
 from .wakeup import holding
+
+F = TypeVar("F", bound=Frame)
 
 SEND_TIMEOUT = 60.0
 """Seconds that a frame (at most 4 MiB) may take to be handed over: 70 KB/s at least."""
@@ -81,6 +84,13 @@ class FrameStream:
                     f"{frame.version} of the protocol, this node {PROTOCOL_VERSION}: "
                     "update the older of the two"
                 )
+
+    def come(self, kind: type[F], most: int) -> list[F]:
+        """Of the frames that have come already, the next ones of this kind; at most so many."""
+        frames: list[F] = []
+        while len(frames) < most and self._received and isinstance(self._received[0], kind):
+            frames.append(self._received.popleft())
+        return frames
 
     async def close(self) -> None:
         """Close both directions. Idempotent, does not raise."""

@@ -34,6 +34,7 @@ INITIAL_WINDOW = 256 * 1024  # fixed by the protocol
 MESSAGE_BYTES = 65535 - 16
 MAX_PAYLOAD = MESSAGE_BYTES - HEADER.size
 
+_READS_IN_A_TURN = 8  # to wait for a turn of the loop takes as long as to read and to decrypt a piece
 _SMALL_CHUNK = 2048  # received pieces are joined up to here: one-byte frames must not cost 50 each
 
 
@@ -82,6 +83,7 @@ class YamuxStream(IMuxedStream):
         self._chunks: deque[bytes] = deque()
         self._window = INITIAL_WINDOW  # its full size
         self._receivable = INITIAL_WINDOW  # what of it the peer may still use
+        self._unwaited = 0  # reads since the loop had its turn
         self._consumed = 0  # what our reader has taken since the last window update
         self._sendable = INITIAL_WINDOW  # what we may still send
         self._news = trio.Event()  # set when a waiting reader or writer should look again
@@ -103,7 +105,7 @@ class YamuxStream(IMuxedStream):
 
     async def receive(self, max_bytes: int | None = None) -> bytes:
         """The next bytes, or b"" when the peer has closed its side."""
-        waited = False
+        self._unwaited += 1
         while not self._chunks:
             if self._abandoned_at is not None:
                 raise MuxedStreamClosed("the stream is closed")
@@ -113,8 +115,11 @@ class YamuxStream(IMuxedStream):
             if self._reset:
                 raise MuxedStreamReset(self._reset)
             await self._wait_for_news()
-            waited = True
-        if not waited:
+            self._unwaited = 0
+        if self._unwaited < _READS_IN_A_TURN:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            self._unwaited = 0
             await trio.lowlevel.checkpoint()
         if not self._chunks:  # reset, or read by somebody else, meanwhile
             return await self.receive(max_bytes)

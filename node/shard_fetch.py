@@ -8,6 +8,7 @@ Rules of this file: nothing that a peer sends is believed before it was hashed; 
 deadline; a frame that was not asked for ends the peer, so that nobody can send without end.
 """
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -286,7 +287,11 @@ class ShardFetch:
     async def _send_asks(self, frames: FrameStream, asks: trio.MemoryReceiveChannel[Ask]) -> None:
         model = self._manifest.fingerprint
         async for ask in asks:
-            await frames.send(WantChunk(model, ask.shard, ask.chunk))
+            together = [ask]
+            with contextlib.suppress(trio.WouldBlock):
+                while True:
+                    together.append(asks.receive_nowait())
+            await frames.send(*(WantChunk(model, each.shard, each.chunk) for each in together))
 
     async def _ask_holdings(self, frames: FrameStream, asked: _Asked) -> None:
         while True:

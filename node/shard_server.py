@@ -1,8 +1,8 @@
 """``/petals/shard/1``, the giving side: manifests, what this node has of a model, and chunks of it.
 
-Rules of this file: answers go in the order of the questions; one chunk is read ahead while another is
-sent, so that what a peer can make this node hold is two chunks a stream; streams are bounded. How fast
-chunks go is decided in ``uploads.py``.
+Rules of this file: answers go in the order of the questions; chunks of 2 MiB together are read ahead
+while as many are sent, so that what a peer can make this node hold is 4 MiB a stream; streams are
+bounded. How fast chunks go is decided in ``uploads.py``.
 """
 
 import logging
@@ -27,7 +27,7 @@ from ..protocol.frames import (
     WantManifest,
 )
 from ..protocol.holdings import join, pack
-from ..protocol.manifest import Manifest
+from ..protocol.manifest import MAX_CHUNK, Manifest
 from .frame_stream import FrameStream, failed, refused
 from .network import Stream
 from .uploads import Uploads
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_STREAMS = 64
-"""In all; each holds two chunks of 2 MiB at most. Fewer where uploads are limited (``uploads.py``)."""
+"""In all; each holds 4 MiB at most. Fewer where uploads are limited (``uploads.py``)."""
 READERS = 4
 """Chunks that are read from the disk at once: the other work of the node's threads goes on."""
 PEER_STREAMS = 4
@@ -94,24 +94,31 @@ class ShardServer:
             logger.debug("giving weights to %s ended: %s", peer_id, error)
 
     async def _serve(self, frames: FrameStream) -> None:
-        send, receive = trio.open_memory_channel[Frame](0)
+        send, receive = trio.open_memory_channel[Sequence[Frame]](0)
+        at_once = max(1, MAX_CHUNK // self._holder.manifest.chunk_bytes)
         idle = trio.CancelScope(deadline=trio.current_time() + IDLE_SECONDS)
 
         async def answer() -> None:
-            async for frame in receive:
+            async for answers in receive:
                 idle.deadline = math.inf
-                size = len(frame.data) if isinstance(frame, Chunk) else 0
-                await self._uploads.turn(size)
-                await frames.send(frame)
+                for frame in answers:
+                    size = len(frame.data) if isinstance(frame, Chunk) else 0
+                    await self._uploads.turn(size)
+                    await frames.send(frame)
                 idle.deadline = trio.current_time() + IDLE_SECONDS
 
         async with open_flat_nursery() as nursery, send:
             nursery.start_soon(answer)
             with idle:
                 while (asked := await frames.receive()) is not None:
-                    await send.send(await self._answer(asked))
+                    more = frames.come(WantChunk, at_once - 1) if isinstance(asked, WantChunk) else []
+                    await send.send(await self._in_thread(self._answer_all, [asked, *more]))
 
-    async def _answer(self, asked: Frame) -> Frame:
+    def _answer_all(self, asked: Sequence[Frame]) -> list[Frame]:
+        """Blocks: one thread for all, to start it takes as long as to read one."""
+        return list(map(self._answer, asked))
+
+    def _answer(self, asked: Frame) -> Frame:
         manifest = self._holder.manifest
         match asked:
             case WantManifest(model) | WantHoldings(model) | WantChunk(model):
@@ -125,13 +132,13 @@ class ShardServer:
                     data = manifest.encoded
                     return ManifestPart(len(data), offset, data[offset : offset + PART_BYTES])
                 case WantHoldings(shards=numbers):
-                    return Holdings(await self._in_thread(self._holdings, numbers))
+                    return Holdings(self._holdings(numbers))
                 case WantChunk(shard=number, chunk=chunk) if (
                     chunk >= manifest.shards[number].num_chunks
                 ):
                     raise IndexError
                 case WantChunk(shard=number, chunk=chunk):
-                    found = await self._in_thread(self._holder.read, number, chunk)
+                    found = self._holder.read(number, chunk)
                     return NoChunk(number, chunk) if found is None else Chunk(number, chunk, found)
         except IndexError:
             return failed(ErrorCode.BAD_REQUEST, "the model has no such shard or chunk")
@@ -141,7 +148,6 @@ class ShardServer:
             return NoChunk(asked.shard, asked.chunk)
 
     def _holdings(self, numbers: Sequence[int]) -> bytes:
-        """Blocks: there are files to look for."""
         shards = [self._holder.manifest.shards[number] for number in numbers]
         bits = map(self._holder.bits, numbers)
         return join(

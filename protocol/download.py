@@ -26,6 +26,9 @@ from .manifest import Manifest
 FIRST_WINDOW = 2
 MAX_WINDOW = 32
 """Chunks that one peer is asked for at a time."""
+REFILL = 0.75
+"""A peer with no more than this of its window under way is asked for the rest at once: questions that
+travel together cost both sides less."""
 WINDOW_SECONDS = 0.25
 """What is under way from one peer; enough for any round trip, little to lose with it."""
 FRONTIER = 512
@@ -203,7 +206,11 @@ class Download:
         asks: list[Ask] = []
         if now - self._ordered_at >= REORDER_SECONDS:
             self._reorder(now)
-        waiting = dict(self._holders)
+        waiting = {
+            peer_id: holder
+            for peer_id, holder in self._holders.items()
+            if self._load(holder) <= REFILL
+        }
         while waiting:
             peer_id = min(
                 waiting, key=lambda peer: (self._load(waiting[peer]), waiting[peer].wealth)
