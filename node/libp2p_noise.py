@@ -8,7 +8,6 @@ Rules of this file: one task reads and one writes; a message that was tampered w
 what is kept of the peer's bytes is what one call of the kernel has brought.
 """
 
-
 from cryptography.exceptions import InvalidTag
 from libp2p.abc import IRawConnection
 from libp2p.io.abc import EncryptedMsgReadWriter

@@ -111,7 +111,9 @@ class ShardServer:
             nursery.start_soon(answer)
             with idle:
                 while (asked := await frames.receive()) is not None:
-                    more = frames.come(WantChunk, at_once - 1) if isinstance(asked, WantChunk) else []
+                    more = (
+                        frames.come(WantChunk, at_once - 1) if isinstance(asked, WantChunk) else []
+                    )
                     await send.send(await self._in_thread(self._answer_all, [asked, *more]))
 
     def _answer_all(self, asked: Sequence[Frame]) -> list[Frame]:

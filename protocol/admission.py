@@ -178,3 +178,25 @@ class Pace:
         """Seconds that the next one has to wait, or the next ``count`` together."""
         self._due = max(self._due, now - self._ahead) + count * self._interval
         return max(0.0, self._due - now)
+
+
+class Bursts:
+    """So many a second for long, but many at once and then long nothing."""
+
+    def __init__(self, per_second: float, at_once: int) -> None:
+        self._interval = 1 / per_second
+        self._at_once = at_once
+        self._left = 0
+        """Of the burst that goes on."""
+        self._begins = -math.inf
+        self._paid = -math.inf
+        """When all that went would have gone if it had gone evenly: the next burst begins then."""
+
+    def take(self, now: float, count: int = 1) -> float:
+        """Seconds that the next ``count`` together have to wait."""
+        if self._left <= 0 or now > self._paid:
+            self._left = self._at_once
+            self._begins = max(now, self._paid)
+        self._left -= count
+        self._paid = max(self._begins, self._paid) + count * self._interval
+        return max(0.0, self._begins - now)

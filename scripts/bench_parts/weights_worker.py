@@ -1,7 +1,7 @@
 """A process that fetches weights, or raw bytes, as often as it is told.
 
 Started by ``weights.py``. Each line of JSON on its input is answered by one on its output: how many
-bytes came, and in how many seconds.
+bytes came, and in how many seconds; to remove what was fetched is not counted.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ async def main() -> None:
         manifests: dict[str, Manifest] = {}
         while line := await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
             asked = json.loads(line)
-            begin = time.perf_counter()
             if asked["what"] == "raw":
+                begin = time.perf_counter()
                 size = await receive(network, asked)
+                seconds = time.perf_counter() - begin
             else:
                 model = asked["fingerprint"]
                 if model not in manifests:
                     manifests[model] = await fetch_manifest(network, giver(asked), model, HELLO)
-                    begin = time.perf_counter()
-                size = await fetch(network, asked, manifests[model], folder)
-            answer = {"bytes": size, "seconds": time.perf_counter() - begin}
+                size, seconds = await fetch(network, asked, manifests[model], folder)
+            answer = {"bytes": size, "seconds": seconds}
             sys.stdout.write(json.dumps(answer) + "\n")
             sys.stdout.flush()
 
@@ -66,16 +66,20 @@ async def receive(network: Libp2pNetwork, asked: dict[str, Any]) -> int:
 
 async def fetch(
     network: Libp2pNetwork, asked: dict[str, Any], manifest: Manifest, folder: Path
-) -> int:
-    """Blocks until so many bytes, or so many seconds, are full; verified, and onto the disk."""
+) -> tuple[int, float]:
+    """Blocks until so many bytes, or so many seconds, are full; verified, and onto the disk.
+
+    Returns the bytes and the seconds.
+    """
 
     async def find() -> list[Announcement]:
         return [giver(asked)]
 
-    received, until = 0, time.perf_counter() + asked["seconds"]
+    received, seconds, until = 0, 0.0, time.perf_counter() + asked["seconds"]
     numbers = list(range(ENDS, len(manifest.shards)))
     while received < asked["bytes"] and time.perf_counter() < until:
         with TemporaryDirectory(dir=folder) as fresh:
+            begin = time.perf_counter()
             store = ShardStore(Path(fresh), manifest)
             missing, wanted = {}, received
             for number in numbers:
@@ -96,7 +100,8 @@ async def fetch(
             with trio.move_on_after(max(0.0, until - time.perf_counter())):
                 await fetching.run(missing, progress, patience=math.inf)
             received += progress.done
-    return received
+            seconds += time.perf_counter() - begin
+    return received, seconds
 
 
 def giver(asked: dict[str, Any]) -> Announcement:

@@ -3,7 +3,14 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from petals.protocol.admission import Admission, AdmissionLimits, NotAdmitted, Pace, Ticket
+from petals.protocol.admission import (
+    Admission,
+    AdmissionLimits,
+    Bursts,
+    NotAdmitted,
+    Pace,
+    Ticket,
+)
 from petals.protocol.errors import ConfigError
 
 MIB = 1024 * 1024
@@ -132,6 +139,37 @@ def test_however_they_come_no_more_go_than_the_pace_allows(
         for last in range(first, len(gone)):
             allowed = at_once + 10 * (gone[last] - gone[first]) + 1e-6
             assert last - first + 1 <= allowed + 1
+
+
+def test_bursts_go_at_once_and_then_nothing_until_they_are_paid_for() -> None:
+    bursts = Bursts(per_second=10, at_once=5)
+    assert [bursts.take(100.0, 2) for _ in range(3)] == [0.0, 0.0, 0.0]
+    assert [pytest.approx(bursts.take(100.0, 2)) for _ in range(3)] == [0.6, 0.6, 0.6]
+    assert bursts.take(100.5, 2) == pytest.approx(0.7), "a third burst, behind the second"
+    assert [bursts.take(200.0, 2) for _ in range(3)] == [0.0, 0.0, 0.0]
+    assert bursts.take(200.0, 2) == pytest.approx(0.6)
+
+
+@given(
+    pauses=st.lists(st.floats(0, 1), min_size=1, max_size=60),
+    at_once=st.integers(1, 5),
+    most=st.integers(1, 3),
+)
+def test_however_they_come_no_more_go_than_bursts_allow(
+    pauses: list[float], at_once: int, most: int
+) -> None:
+    bursts, now, gone = Bursts(per_second=10, at_once=at_once), 0.0, []
+    for number, pause in enumerate(pauses):
+        now += pause
+        count = 1 + number % most
+        gone.append((now + bursts.take(now, count), count))
+    gone.sort()
+    for first in range(len(gone)):
+        for last in range(first, len(gone)):
+            taken = sum(count for _, count in gone[first : last + 1])
+            # one burst may have begun just before and one ends in the middle, each over by a part
+            allowed = 2 * (at_once + most) + 10 * (gone[last][0] - gone[first][0]) + 1e-6
+            assert taken <= allowed
 
 
 def held(tickets: list[Ticket], admitted: dict[Ticket, tuple[str, int]], peer_id: str) -> list[int]:

@@ -8,6 +8,7 @@ from petals.protocol.download import (
     FRONTIER,
     MAX_WINDOW,
     PATIENCE,
+    REFILL,
     REORDER_SECONDS,
     STALE_SECONDS,
     Ask,
@@ -135,6 +136,18 @@ def test_no_peer_is_asked_for_very_much_at_once() -> None:
     for ask in fetch.plan(0.0):
         fetch.arrived("a", ask.shard, ask.chunk, 0.0001)
     assert len(fetch.plan(0.0001)) == MAX_WINDOW
+
+
+def test_a_peer_is_asked_for_several_at_once_when_part_of_its_window_is_free() -> None:
+    fetch = download(1000)
+    fetch.heard("a", {BLOCK: everything(1000)}, 0.0)
+    for ask in fetch.plan(0.0):
+        fetch.arrived("a", ask.shard, ask.chunk, 0.0001)
+    asked, answered = fetch.plan(0.0001), 0
+    while not (more := fetch.plan(0.0001)):
+        fetch.arrived("a", asked[answered].shard, asked[answered].chunk, 0.0002)
+        answered += 1
+    assert len(more) == answered == MAX_WINDOW * (1 - REFILL)
 
 
 def test_more_chunks_than_are_put_in_order_at_a_time() -> None:
