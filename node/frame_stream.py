@@ -88,8 +88,12 @@ class FrameStream:
     def come(self, kind: type[F], most: int) -> list[F]:
         """Of the frames that have come already, the next ones of this kind; at most so many."""
         frames: list[F] = []
-        while len(frames) < most and self._received and isinstance(self._received[0], kind):
-            frames.append(self._received.popleft())
+        while len(frames) < most and self._received:
+            frame = self._received[0]
+            if not isinstance(frame, kind):
+                break
+            frames.append(frame)
+            self._received.popleft()
         return frames
 
     async def close(self) -> None:

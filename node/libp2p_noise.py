@@ -12,7 +12,7 @@ from cryptography.exceptions import InvalidTag
 from libp2p.abc import IRawConnection
 from libp2p.io.abc import EncryptedMsgReadWriter
 from libp2p.io.exceptions import ConnectionClosedError
-from noise.connection import NoiseConnection
+from libp2p.security.noise.io import NoiseTransportReadWriter
 
 _LENGTH_BYTES = 2
 _TAG_BYTES = 16
@@ -23,11 +23,12 @@ MESSAGE_BYTES = 65535 - _TAG_BYTES
 class NoiseMessages(EncryptedMsgReadWriter):
     """What ``SecureSession`` reads and writes, once two peers have shaken hands."""
 
-    def __init__(self, conn: IRawConnection, state: NoiseConnection) -> None:
+    def __init__(self, conn: IRawConnection, theirs: NoiseTransportReadWriter) -> None:
+        """``theirs``: what the library has put there, whose keys and counters go on here."""
         super().__init__(conn)
         self._raw = conn
-        self._sealing = state.noise_protocol.cipher_state_encrypt
-        self._opening = state.noise_protocol.cipher_state_decrypt
+        self._sealing = theirs.noise_state.noise_protocol.cipher_state_encrypt
+        self._opening = theirs.noise_state.noise_protocol.cipher_state_decrypt
         self._arrived = memoryview(b"")
         """What the last call of the kernel brought, and was not read yet."""
 

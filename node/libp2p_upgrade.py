@@ -50,7 +50,7 @@ class _AllowedOnly(TransportUpgrader):
             raise SecurityUpgradeFailure(f"{secured.get_remote_peer()} is not on our list")
         assert isinstance(secured, SecureSession)
         assert isinstance(secured.conn, NoiseTransportReadWriter)
-        secured.conn = NoiseMessages(raw_conn, secured.conn.noise_state)
+        secured.conn = NoiseMessages(raw_conn, secured.conn)
         return secured
 
 

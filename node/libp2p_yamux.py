@@ -26,13 +26,13 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamErro
 from multiaddr import Multiaddr
 
 from ..protocol.admission import OPENS_AT_ONCE, Pace
+from .libp2p_noise import MESSAGE_BYTES
 from .libp2p_yamux_stream import (
     ACK,
     DATA,
     FIN,
     GO_AWAY,
     HEADER,
-    MESSAGE_BYTES,
     PING,
     RST,
     SYN,

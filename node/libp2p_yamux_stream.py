@@ -20,6 +20,7 @@ from libp2p.stream_muxer.exceptions import (
 )
 
 from ..protocol.admission import AdmissionLimits
+from .libp2p_noise import MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from .libp2p_yamux import YamuxConnection
@@ -29,9 +30,8 @@ DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
 INITIAL_WINDOW = 256 * 1024  # fixed by the protocol
 
-# The plaintext of the largest Noise message. A frame that fits into one is sent and received as
-# one; the library's 64 KiB frames need two, which costs a third of the throughput.
-MESSAGE_BYTES = 65535 - 16
+# A frame that fits into one Noise message is sent and received as one; the library's 64 KiB frames need
+# two, which costs a third of the throughput.
 MAX_PAYLOAD = MESSAGE_BYTES - HEADER.size
 
 _READS_IN_A_TURN = (

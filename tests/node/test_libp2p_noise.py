@@ -1,13 +1,14 @@
 """Noise messages: several for one call of the kernel, whatever the pieces, and none that was changed."""
 
-from random import Random
+import random  # noqa: TID251 - tests throw dice with known seeds
 
 import pytest
 import trio
 from libp2p.connection_types import ConnectionType
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.network.connection.raw_connection import RawConnection
-from noise.connection import Keypair, NoiseConnection
+from libp2p.security.noise.io import NoiseTransportReadWriter
+from noise.connection import Keypair, NoiseConnection  # type: ignore[import-untyped]
 from petals.node.libp2p_noise import MESSAGE_BYTES, NoiseMessages
 from petals.node.libp2p_sockets import BufferedSocket
 
@@ -42,7 +43,7 @@ def shaken_hands() -> tuple[NoiseConnection, NoiseConnection]:
     for begin in (NoiseConnection.set_as_initiator, NoiseConnection.set_as_responder):
         state = NoiseConnection.from_name(b"Noise_XX_25519_ChaChaPoly_SHA256")
         begin(state)
-        state.set_keypair_from_private_bytes(Keypair.STATIC, Random(1).randbytes(32))
+        state.set_keypair_from_private_bytes(Keypair.STATIC, random.Random(1).randbytes(32))
         state.start_handshake()
         both.append(state)
     ours, theirs = both
@@ -52,14 +53,18 @@ def shaken_hands() -> tuple[NoiseConnection, NoiseConnection]:
     return ours, theirs
 
 
+def messages(wire: Wire, state: NoiseConnection) -> NoiseMessages:
+    return NoiseMessages(wire, NoiseTransportReadWriter(wire, state))
+
+
 def ends() -> tuple[NoiseMessages, Wire, NoiseMessages, Wire]:
     ours, theirs = shaken_hands()
     sent, received = Wire(), Wire()
-    return NoiseMessages(sent, ours), sent, NoiseMessages(received, theirs), received
+    return messages(sent, ours), sent, messages(received, theirs), received
 
 
 async def test_a_long_message_is_written_at_once_and_read_however_it_is_cut() -> None:
-    dice = Random(7)
+    dice = random.Random(7)
     for _ in range(20):
         here, sent, there, received = ends()
         message = dice.randbytes(dice.choice([1, MESSAGE_BYTES, MESSAGE_BYTES + 1, 300_000]))
@@ -78,12 +83,12 @@ async def test_a_long_message_is_written_at_once_and_read_however_it_is_cut() ->
 async def test_the_library_can_read_it_and_be_read() -> None:
     ours, theirs = shaken_hands()
     wire = Wire()
-    messages = NoiseMessages(wire, ours)
-    await messages.write_msg(b"hello")
+    end = messages(wire, ours)
+    await end.write_msg(b"hello")
     assert theirs.decrypt(wire.written[0][2:]) == b"hello"
     sealed = theirs.encrypt(b"hello yourself")
     wire.arrive(len(sealed).to_bytes(2, "big") + sealed, [])
-    assert await messages.read_msg() == b"hello yourself"
+    assert await end.read_msg() == b"hello yourself"
 
 
 @pytest.mark.parametrize("place", [2, 10, -1])
