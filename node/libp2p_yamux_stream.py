@@ -34,9 +34,7 @@ INITIAL_WINDOW = 256 * 1024  # fixed by the protocol
 # two, which costs a third of the throughput.
 MAX_PAYLOAD = MESSAGE_BYTES - HEADER.size
 
-_READS_IN_A_TURN = (
-    8  # to wait for a turn of the loop takes as long as to read and to decrypt a piece
-)
+_READS_IN_A_TURN = 8  # waiting for a turn of the loop takes as long as reading a piece
 _SMALL_CHUNK = 2048  # received pieces are joined up to here: one-byte frames must not cost 50 each
 
 
