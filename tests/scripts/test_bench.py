@@ -49,7 +49,10 @@ def test_bad_arguments_are_refused_in_words(arguments: list[str], said: str) -> 
     ("subcommand", "names"),
     [
         ("frames", ["float16 frame of one row", "int8"]),
-        ("weights", ["weights from a peer", "a session's step while weights are given"]),
+        (
+            "weights",
+            ["weights from a peer", "hashed and on the disk", "step while weights are given"],
+        ),
         ("quantization", ["weights in nf4: RMS error", "rows sent in int8: held-out perplexity"]),
         (
             "relay",
