@@ -11,6 +11,7 @@
 
 #include <immintrin.h>
 #include <math.h>
+#include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -132,6 +133,7 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
    feature and a group of inputs: they scale the sum of the group. */
 
 #define PANEL (2 * LANES)
+#define MOST_TOGETHER 8 /* panels that are walked through side by side */
 #define DEPTH 2048 /* inputs at once: a panel's part and its rows' stay in the second-level cache */
 #define BLOCK_ROWS (8 * MAX_TILE)
 #define LINE 64     /* bytes of a cache line */
@@ -187,7 +189,7 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
     const ptrdiff_t count = part->count;
     const char *weights = part->weights;
     const float *x = part->rows;
-    vec sums[4][2][MAX_TILE];
+    vec sums[MOST_TOGETHER][2][MAX_TILE];
     UNROLL for (int p = 0; p < panels; p++)
         UNROLL for (int v = 0; v < 2; v++)
             UNROLL for (int r = 0; r < rows; r++) {
@@ -225,6 +227,15 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
 /* Panels that are walked through together: enough sums to hide what an addition takes. */
 #define TOGETHER(rows) (4 * (rows) <= MAX_TILE ? 4 : 2 * (rows) <= MAX_TILE ? 2 : 1)
 
+/* One row of whole lines waits for memory, which gives more to more streams: MOST_TOGETHER of them
+   where the registers suffice and every thread has enough to do all the same. */
+INLINE int together_of(ptrdiff_t rows, ptrdiff_t panels, const enum dtype dtype) {
+    if (rows == 1 && MOST_TOGETHER <= MAX_TILE && panel_row(dtype) >= LINE &&
+        panels >= 4 * MOST_TOGETHER * omp_get_max_threads())
+        return MOST_TOGETHER;
+    return TOGETHER(least(rows, MAX_TILE));
+}
+
 #define CASE(ROWS)                                                                            \
     case ROWS:                                                                                \
         if (panels == 1)                                                                      \
@@ -234,6 +245,10 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
         break;
 
 INLINE void tile_of(const struct part *part, int rows, int panels, const enum dtype dtype) {
+    if (panels == MOST_TOGETHER) {
+        tile(part, 1, MOST_TOGETHER, dtype);
+        return;
+    }
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if MAX_TILE > 6
@@ -267,7 +282,7 @@ void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, co
     for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
         const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
-        const int together = tiles > 1 ? TOGETHER(MAX_TILE) : TOGETHER(block);
+        const int together = together_of(block, panels, dtype);
         const ptrdiff_t strips = (panels + together - 1) / together;
         const float *ordered = block == 1 ? x + begun * inputs : packed;
 #pragma omp parallel
