@@ -283,7 +283,6 @@ void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, co
         const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
         const int together = together_of(block, panels, dtype);
-        const ptrdiff_t strips = (panels + together - 1) / together;
         const float *ordered = block == 1 ? x + begun * inputs : packed;
 #pragma omp parallel
         {
@@ -299,11 +298,13 @@ void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, co
                                 to[i * (last - first) + r - first] = x[(begun + r) * inputs + i];
                     }
             }
-#pragma omp for schedule(static)
-            for (ptrdiff_t strip = 0; strip < strips; strip++) {
-                const ptrdiff_t panel = strip * together;
-                const int some = (int)least(together, panels - panel);
-                const int step = some == together ? together : 1;
+            /* Each thread has its share of the panels, to one: matrices come in pieces of few. */
+            const ptrdiff_t threads = omp_get_num_threads(), own = omp_get_thread_num();
+            const ptrdiff_t end_panel = (own + 1) * panels / threads;
+            ptrdiff_t panel = own * panels / threads;
+            while (panel < end_panel) {
+                const int fewer = TOGETHER(least(block, MAX_TILE)), left = (int)(end_panel - panel);
+                const int some = left >= together ? together : left >= fewer ? fewer : 1;
                 float *columns = out + begun * features + panel * PANEL;
                 for (ptrdiff_t r = 0; r < block; r++)
                     for (ptrdiff_t f = 0; f < some * PANEL; f++)
@@ -313,24 +314,23 @@ void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, co
                         const ptrdiff_t first = t * block / tiles, last = (t + 1) * block / tiles;
                         const int some_rows = (int)(last - first);
                         const ptrdiff_t end = least(depth + DEPTH, inputs);
-                        for (int p = 0; p < some; p += step)
-                            for (ptrdiff_t from = depth; from < end; from += at_once) {
-                                const ptrdiff_t number = panel + p;
-                                const ptrdiff_t of = group ? number * groups + from / group : 0;
-                                const struct part part = {
-                                    .weights = w + number * panel_size + from * row_bytes,
-                                    .panel_size = panel_size,
-                                    .scales = scales + of * PANEL,
-                                    .panel_scales = groups * PANEL,
-                                    .rows = ordered + first * inputs + from * some_rows,
-                                    .count = least(at_once, end - from),
-                                    .left = inputs - from,
-                                    .out = columns + first * features + p * PANEL,
-                                    .features = features,
-                                };
-                                any_tile(&part, some_rows, step, dtype);
-                            }
+                        for (ptrdiff_t from = depth; from < end; from += at_once) {
+                            const ptrdiff_t of = group ? panel * groups + from / group : 0;
+                            const struct part part = {
+                                .weights = w + panel * panel_size + from * row_bytes,
+                                .panel_size = panel_size,
+                                .scales = scales + of * PANEL,
+                                .panel_scales = groups * PANEL,
+                                .rows = ordered + first * inputs + from * some_rows,
+                                .count = least(at_once, end - from),
+                                .left = inputs - from,
+                                .out = columns + first * features,
+                                .features = features,
+                            };
+                            any_tile(&part, some_rows, some, dtype);
+                        }
                     }
+                panel += some;
             }
         }
     }
