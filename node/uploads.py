@@ -27,7 +27,7 @@ BUSY_BURST = 4 * 1024 * 1024
 """Bytes that go one behind the other then, before a long pause. Every thread of a step waits for the one
 that was interrupted: with a chunk of 0.5 MiB at a time each step is, with bursts one in ten. At
 16 MiB a second on two cores, which the fetching process shares, that made a step 1.35 × and 1.2 × as long
-as alone; at 8 MiB a second with bursts it is 1.05 ×."""
+as alone; at 8 MiB a second with bursts it is 1.03 × to 1.16 ×."""
 LEAST_LIMIT = 2 * LEAST_RATE
 """Bytes a second that may be allowed at least, for each peer that is given to at a time."""
 
