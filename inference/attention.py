@@ -3,9 +3,8 @@
 A batch is ``[1, rows, hidden]``: the rows of several lanes behind one another, so that everything
 but attention runs on all of them at once. Attention is a loop over the lanes, each on its own
 contiguous keys and values; measured faster than padding, jagged tensors or paged KV. Within a lane
-it is causal. It is two matrix products along the cached tokens with a softmax between them: for a
-single row, as in decoding, that reads the cache at close to memory speed, and for many it is level
-with ``scaled_dot_product_attention``, which wants the cache copied into another order first.
+it is causal. It is two matrix products with a softmax between them, which on CPUs is two to four
+times as fast as ``scaled_dot_product_attention`` with a mask.
 
 A head of keys may serve a group of query heads. A sliding window leaves keys out, a soft cap bends
 scores; both go with the block and not with the plan, since models have them in some blocks only.
@@ -17,7 +16,6 @@ widened group of heads by group of heads, into memory that is used again and aga
 ``native.c`` where that can be had: in the loop, half of their time is the calls' own.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +24,6 @@ from typing import Protocol
 import torch
 
 from .cache import LaneCache
-from .kernels import least_seconds
 from .native import CachedLanes, native
 
 _SCRATCH_BYTES = 32 * 2**20
@@ -34,8 +31,6 @@ _SCRATCH_BYTES = 32 * 2**20
 processor, large enough that few groups are needed."""
 _DECODE_SCRATCH_BYTES = 4 * 2**20
 """The same for a single row, which reads each of them only once: what a cache level holds."""
-_FEW_ROWS = 8
-"""Up to here a product along the cache is bound by reading it; beyond, by arithmetic."""
 
 
 class Bias(Protocol):
@@ -224,14 +219,12 @@ def ragged_attention(
         )
     for lane in plan.looped:
         part = slice(lane.first, lane.first + lane.rows)
-        keys, values = lane.cache.append(
-            block, key[0, :, part].transpose(1, 2), value[0, :, part].transpose(1, 2)
-        )
+        keys, values = lane.cache.append(block, key[0, :, part], value[0, :, part])
         seen = lane.seen(window)
         _attend(
             query[0, :, part],
-            keys[:, :, seen.first :],
-            values[:, :, seen.first :],
+            keys[:, seen.first :],
+            values[:, seen.first :],
             _Scores(seen.bias, seen.mask, scale, softcap),
             plan.scratch,
             output[part].transpose(0, 1),
@@ -255,9 +248,10 @@ class _Scores:
     ) -> torch.Tensor:
         """``[n, group * rows, length]`` of query ``[n, group * rows, head_dim]`` and as many keys.
 
-        ``keys`` are ``[n, head_dim, length]``; ``heads`` are those of the query, of all.
+        ``keys`` are ``[n, length, head_dim]``; ``heads`` are those of the query, of all.
         """
-        count, grouped, length, dtype = len(query), query.shape[1], keys.shape[2], query.dtype
+        count, grouped, length, dtype = len(query), query.shape[1], keys.shape[1], query.dtype
+        keys = keys.transpose(1, 2)
         added = self._added(heads, scratch, (count, grouped, length), dtype)
         if self.softcap is not None:
             scores = torch.bmm(query, keys).mul_(self.scale / self.softcap).tanh_()
@@ -294,13 +288,13 @@ def _attend(
     scratch: Scratch,
     output: torch.Tensor,
 ) -> None:
-    """One lane: query ``[heads, rows, head_dim]`` on ``[cache_heads, head_dim, length]``.
+    """One lane: query ``[heads, rows, head_dim]`` on ``[cache_heads, length, head_dim]``.
 
     Writes ``[heads, rows, head_dim]`` into ``output``. The query heads that share a head of keys
     are further rows of it.
     """
     heads, rows, head_dim = query.shape
-    cache_heads, _, length = keys.shape
+    cache_heads, length, _ = keys.shape
     group = heads // cache_heads
     grouped = group * rows
     query = query.reshape(cache_heads, grouped, head_dim)
@@ -322,24 +316,4 @@ def _attend(
             )
         else:
             weights = torch.softmax(some, dim=-1)
-        if grouped <= _FEW_ROWS and _weights_first(query.device):
-            attended = torch.bmm(weights, some_values.transpose(1, 2))
-        else:
-            attended = torch.bmm(some_values, weights.transpose(1, 2)).transpose(1, 2)
-        output[of_query] = attended.reshape(-1, rows, head_dim)
-
-
-@functools.cache
-@torch.inference_mode()
-def _weights_first(device: torch.device) -> bool:
-    """Whether few rows of weights times values are faster in this order than in the other.
-
-    The same sums, and which of the two the library has a good kernel for differs by processor: with
-    AVX-512, MKL is 4 times as fast in this order; measured once per process.
-    """
-    if device.type != "cpu":
-        return True
-    weights, values = torch.rand((16, 1, 512)), torch.rand((16, 64, 512))
-    this = least_seconds(lambda: torch.bmm(weights, values.transpose(1, 2)))
-    other = least_seconds(lambda: torch.bmm(values, weights.transpose(1, 2)))
-    return this < other
+        output[of_query] = torch.bmm(weights, some_values).view(-1, rows, head_dim)

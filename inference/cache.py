@@ -4,15 +4,11 @@ A session has ``batch`` **lanes**, one for each row of its batch. Lane b's first
 positions are left padding: they are never computed and never cached, so a lane's own position is
 ``max(0, position - padding[b])`` and its attention sees real tokens only.
 
-Per lane and block, keys and values lie head-major and transposed,
-``[heads, head_dim, capacity]``: a slice of them goes straight into attention, and the two products
-of a decoding row run along the tokens, which reads them at 1.2 to 2 times the speed of
-``[heads, capacity, head_dim]`` on CPUs.
+Per lane and block, keys and values lie head-major, ``[heads, capacity, head_dim]``: what attention
+reads of a head is one piece of memory, in order.
 
 Capacity grows as tokens come, by an eighth to a quarter, up to what the session reserved: a session
-that reserves much and uses little costs little, and reading is fast, since processors read ahead of
-what is asked for, into the room behind the tokens of each row (with room for 256 tokens behind 500,
-attention takes a sixth longer than with none). What growing copies for a token is little beside what
+that reserves much and uses little costs little. What growing copies for a token is little beside what
 attention reads for it; blocks grow at different tokens, so that none has to wait for much of it. For
 a step of many rows, room is made at once. The memory of a cache is not used again for another: fresh
 pages cost about 2 % of a prefill.
@@ -29,8 +25,6 @@ _LEAST_GROWTH = 32
 """Tokens; room for twice as many is made at most, or for a quarter of those that are there."""
 _STAGGERED = 8
 """Of so many consecutive blocks, each grows by another number of tokens."""
-_ALIGNED = 16
-"""Tokens: rows begin with a line of the processor's cache."""
 _RETRY_AFTER = 5.0
 """Seconds; about what a short answer takes. Nobody knows when a session will end."""
 
@@ -77,7 +71,7 @@ class LaneCache:
         for block, cached in other._blocks.items():
             with torch.inference_mode():  # as in a round; never across a yield
                 for own, theirs in zip(self._room(block, length), cached, strict=True):
-                    own[:, :, :length] = theirs[:, :, :length]
+                    own[:, :length] = theirs[:, :length]
             copied += self._shape.bytes_per_token * length
             if copied >= at_once:
                 copied = 0
@@ -89,7 +83,7 @@ class LaneCache:
         self.length = 0
         for block, cached in other._blocks.items():
             for own, theirs in zip(self._room(block, other.length), cached, strict=True):
-                own[:, :, : other.length] = theirs[:, :, : other.length]
+                own[:, : other.length] = theirs[:, : other.length]
         self.length = other.length
 
     def shrink(self, at_once: int) -> Generator[None, None, None]:
@@ -99,13 +93,13 @@ class LaneCache:
         """
         copied = 0
         for block, (keys, values) in list(self._blocks.items()):
-            if keys.shape[2] <= _capacity(block, self.length, self._max_tokens):
+            if keys.shape[1] <= _capacity(block, self.length, self._max_tokens):
                 continue
             kept = slice(0, self.length)
             with torch.inference_mode():
                 self._blocks[block] = (
-                    keys[:, :, kept].clone(memory_format=torch.contiguous_format),
-                    values[:, :, kept].clone(memory_format=torch.contiguous_format),
+                    keys[:, kept].clone(memory_format=torch.contiguous_format),
+                    values[:, kept].clone(memory_format=torch.contiguous_format),
                 )
             copied += self._shape.bytes_per_token * self.length
             if copied >= at_once:
@@ -115,20 +109,20 @@ class LaneCache:
     def append(
         self, block: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write ``[heads, head_dim, rows]`` behind the ``length`` cached tokens of ``block``.
+        """Write ``[heads, rows, head_dim]`` behind the ``length`` cached tokens of ``block``.
 
         Returns keys and values of all ``length + rows`` tokens as views of the cache. ``length``
         stays: the caller raises it once all blocks have run, so that a round that fails half-way
         leaves nothing behind.
         """
-        total = self.length + keys.shape[2]
-        cached_keys, cached_values = self.make_room(block, keys.shape[2])
-        cached_keys[:, :, self.length : total] = keys
-        cached_values[:, :, self.length : total] = values
-        return cached_keys[:, :, :total], cached_values[:, :, :total]
+        total = self.length + keys.shape[1]
+        cached_keys, cached_values = self.make_room(block, keys.shape[1])
+        cached_keys[:, self.length : total] = keys
+        cached_values[:, self.length : total] = values
+        return cached_keys[:, :total], cached_values[:, :total]
 
     def make_room(self, block: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of ``block``, ``[heads, head_dim, capacity]``.
+        """The keys and values of ``block``, ``[heads, capacity, head_dim]``.
 
         There is room for ``rows`` tokens behind ``length``, which the caller writes.
         """
@@ -144,16 +138,16 @@ class LaneCache:
 
     def _room(self, block: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:
         old = self._blocks.get(block)
-        capacity = 0 if old is None else old[0].shape[2]
+        capacity = 0 if old is None else old[0].shape[1]
         if old is not None and total <= capacity:
             return old
         capacity = _capacity(block, max(total, self._expected), self._max_tokens)
-        size = (self._shape.heads, self._shape.head_dim, capacity)
+        size = (self._shape.heads, capacity, self._shape.head_dim)
         keys = torch.empty(size, dtype=self._shape.dtype, device=self._shape.device)
         values = torch.empty_like(keys)
         if old is not None:
-            keys[:, :, : self.length] = old[0][:, :, : self.length]
-            values[:, :, : self.length] = old[1][:, :, : self.length]
+            keys[:, : self.length] = old[0][:, : self.length]
+            values[:, : self.length] = old[1][:, : self.length]
         self._blocks[block] = keys, values
         return keys, values
 
@@ -162,7 +156,7 @@ def _capacity(block: int, tokens: int, most: int) -> int:
     """How much room there should be in ``block`` for ``tokens``, which never are more than ``most``."""
     growth = max(_LEAST_GROWTH, tokens // 8)
     growth += growth * (block % _STAGGERED) // _STAGGERED
-    return -(-min(tokens + growth, most) // _ALIGNED) * _ALIGNED
+    return min(tokens + growth, most)
 
 
 class SessionCache:

@@ -106,7 +106,7 @@ class Reordered:
         return result.to(rows.dtype)
 
 
-class _Native:
+class NativeKernel:
     """Our own product (``native.py``): narrow weights, float32 rows and sums."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -129,12 +129,14 @@ class _Native:
     def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
         raise NotImplementedError
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """See ``Kernel``."""
-        return self._multiply(rows, self.packed, self._bias)
+    def __call__(
+        self, rows: torch.Tensor, *, gelu: bool = False, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See ``Kernel``, and ``Native.multiply`` for what can be done on the way."""
+        return self._multiply(rows, self.packed, self._bias, gelu=gelu, residual=residual)
 
 
-class NativeFloat(_Native):
+class NativeFloat(NativeKernel):
     """Of weights of 32 bits: for one row a fifth to a third faster than oneDNN, for hundreds slower."""
 
     @staticmethod
@@ -142,7 +144,7 @@ class NativeFloat(_Native):
         return library.pack(weight)
 
 
-class NativeHalf(_Native):
+class NativeHalf(NativeKernel):
     """Of 16-bit weights of either kind.
 
     Those that 16 bits hold exactly give what float32 weights give, but for the order of the sums.
@@ -153,7 +155,7 @@ class NativeHalf(_Native):
         return library.pack(weight)
 
 
-class NativeInt8(_Native):
+class NativeInt8(NativeKernel):
     """Of 8-bit weights, a scale per output feature."""
 
     @staticmethod
@@ -161,7 +163,7 @@ class NativeInt8(_Native):
         return library.pack_int8(Int8Weights.nearest(weight))
 
 
-class NativeNf4(_Native):
+class NativeNf4(NativeKernel):
     """Of NF4, a scale per 64 weights."""
 
     @staticmethod

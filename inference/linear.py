@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from .kernels import Kernel, Plain, WeightFormat, choose_kernel, widens
+from .kernels import Kernel, NativeKernel, Plain, WeightFormat, choose_kernel, widens
 
 PIECE = 1 << 25
 """Weights of a piece: while it is packed, it takes 128 MiB in float32."""
@@ -28,11 +29,31 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``, in the dtype of ``x``."""
+        return self._compute(x)
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """GELU's tanh approximation of ``forward``."""
+        return self._compute(x, gelu=True)
+
+    def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``residual`` ``[..., out]`` and ``forward``."""
+        return self._compute(x, residual=residual)
+
+    def _compute(
+        self, x: torch.Tensor, *, gelu: bool = False, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(self.kernels) == 1:
-            output = self.kernels[0](rows)
+        added = None if residual is None else residual.reshape(len(rows), -1)
+        only = self.kernels[0] if len(self.kernels) == 1 else None
+        if isinstance(only, NativeKernel):
+            output = only(rows, gelu=gelu, residual=added)
         else:
-            output = torch.cat([kernel(rows) for kernel in self.kernels], dim=1)
+            outputs = [kernel(rows) for kernel in self.kernels]
+            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            if gelu:
+                output = F.gelu(output, approximate="tanh")
+            if added is not None:
+                output = added + output
         return output.view(*x.shape[:-1], output.shape[1])
 
 

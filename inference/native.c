@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -30,6 +31,8 @@ struct pair { vec left, right; };
 #define ADD _mm512_add_ps
 #define MUL _mm512_mul_ps
 #define MAX _mm512_max_ps
+#define MIN _mm512_min_ps
+#define DIV _mm512_div_ps
 #define ROUND(x) _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define ZERO_IF_LESS(v, a, b) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), v)
 #define SUM _mm512_reduce_add_ps
@@ -67,6 +70,8 @@ struct pair { vec left, right; };
 #define ADD _mm256_add_ps
 #define MUL _mm256_mul_ps
 #define MAX _mm256_max_ps
+#define MIN _mm256_min_ps
+#define DIV _mm256_div_ps
 #define ROUND(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define ZERO_IF_LESS(v, a, b) _mm256_and_ps(v, _mm256_cmp_ps(a, b, _CMP_GE_OQ))
 INLINE float SUM(vec v) {
@@ -125,6 +130,33 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
     return value < low ? low : least(value, high);
 }
 
+/* e^x for x <= 80: x = n ln 2 + r, and a polynomial in r; the constants are Cephes' (expf). Less than
+   e^-60 of the largest weight is 0: no sum can see it, and the denormal numbers that such weights
+   end in cost a hundred times the time of others (with ALiBi, most of a long context is there). */
+INLINE vec exponential(vec x) {
+    const vec least = SET(-60.0f), seen = x;
+    x = MAX(x, least);
+    const vec n = ROUND(MUL(x, SET(1.44269504088896341f)));
+    vec r = FMA(n, SET(-0.693359375f), x);
+    r = FMA(n, SET(2.12194440e-4f), r);
+    vec y = SET(1.9875691500e-4f);
+    y = FMA(y, r, SET(1.3981999507e-3f));
+    y = FMA(y, r, SET(8.3334519073e-3f));
+    y = FMA(y, r, SET(4.1665795894e-2f));
+    y = FMA(y, r, SET(1.6666665459e-1f));
+    y = FMA(y, r, SET(5.0000001201e-1f));
+    y = FMA(MUL(r, r), y, ADD(r, SET(1.0f)));
+    return ZERO_IF_LESS(MUL(y, power_of_two(n)), seen, least);
+}
+
+/* The tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415): x times the logistic
+   function of 2 sqrt(2 / pi) (x + 0.044715 x^3). */
+INLINE vec gelu(vec x) {
+    const vec bent = FMA(MUL(x, x), SET(0.044715f), SET(1.0f));
+    const vec power = MUL(MUL(x, SET(-1.59576912160573f)), bent);
+    return DIV(x, ADD(SET(1.0f), exponential(MIN(power, SET(80.0f)))));
+}
+
 /* ---- rows times a matrix --------------------------------------------------------------------
 
    Weights are packed in panels: PANEL output features, all inputs, feature by feature within one
@@ -134,7 +166,7 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
 
 #define PANEL (2 * LANES)
 #define MOST_TOGETHER 8 /* panels that are walked through side by side */
-#define DEPTH 2048 /* inputs at once: a panel's part and its rows' stay in the second-level cache */
+#define DEPTH 512 /* inputs at once: a panel's part of them is near when the next tile wants it */
 #define BLOCK_ROWS (8 * MAX_TILE)
 #define LINE 64     /* bytes of a cache line */
 #define AHEAD 32768 /* bytes: some pages, so that addresses are looked up in time, too */
@@ -176,8 +208,10 @@ struct part {
     ptrdiff_t panel_scales; /* from those of one panel to those of the next */
     const float *rows;      /* [count][rows] */
     ptrdiff_t count;
-    ptrdiff_t left; /* inputs from here to the end of the panel */
-    float *out; /* [rows, features] */
+    ptrdiff_t left;    /* inputs from here to the end of the panel */
+    const char *ahead; /* what the memory is asked for while these weights are read ... */
+    int spread;        /* ... and at which part of their speed: 1 / 2^spread */
+    float *out;        /* [rows, features] */
     ptrdiff_t features;
 };
 
@@ -199,15 +233,16 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
     /* Behind the end of these panels, the next ones are read: those behind the last of these. */
     const ptrdiff_t inside = between(0, part->left - AHEAD / row_bytes, count);
     const ptrdiff_t ends[2] = {inside, count};
-    const ptrdiff_t ahead[2] = {AHEAD, AHEAD + (panels - 1) * panel_size};
+    const char *ahead[2] = {part->ahead, part->ahead + (panels - 1) * panel_size};
     ptrdiff_t i = 0;
     for (int k = 0; k < 2; k++)
         for (; i < ends[k]; i++)
             UNROLL for (int p = 0; p < panels; p++) {
-                const char *row = weights + p * panel_size + i * row_bytes;
+                const ptrdiff_t from_first = p * panel_size, from_row = i * row_bytes;
+                const char *asked = ahead[k] + from_first + (from_row >> part->spread);
                 UNROLL for (ptrdiff_t line = 0; line < row_bytes; line += LINE)
-                    _mm_prefetch(row + ahead[k] + line, _MM_HINT_T0);
-                const struct pair pair = load_weights(row, dtype);
+                    _mm_prefetch(asked + line, _MM_HINT_T0);
+                const struct pair pair = load_weights(weights + from_first + from_row, dtype);
                 UNROLL for (int r = 0; r < rows; r++) {
                     const vec value = SET(x[i * rows + r]);
                     sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
@@ -269,22 +304,124 @@ static void any_tile(const struct part *part, int rows, int panels, enum dtype d
     }
 }
 
+/* What `multiply` is given, for a block of rows. */
+struct product {
+    const char *weights;
+    enum dtype dtype;
+    const float *scales, *bias, *residual;
+    ptrdiff_t group, features, inputs, residual_row;
+    int activated;
+    ptrdiff_t rows, tiles;
+    const float *ordered; /* [inputs][rows] of each tile */
+    float *out;           /* [rows, features] */
+};
+
+/* All rows by `some` panels. `sums` is room for that: the places in `out` may be far apart, and in
+   another processor's cache. */
+static void multiply_panels(const struct product *product, ptrdiff_t panel, int some, float *sums) {
+    const ptrdiff_t row_bytes = panel_row(product->dtype), inputs = product->inputs;
+    const ptrdiff_t rows = product->rows, tiles = product->tiles, wide = some * PANEL;
+    const ptrdiff_t group = product->group, groups = group ? (inputs + group - 1) / group : 0;
+    const char *weights = product->weights + panel * inputs * row_bytes;
+    const float *bias = product->bias;
+    /* The first tile waits for weights that the others then find in the cache. So that memory is
+       never idle, each of them asks for its part of what comes next. */
+    const int spread = tiles < 2 ? 0 : tiles < 4 ? 1 : tiles < 8 ? 2 : 3;
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t f = 0; f < wide; f++)
+            sums[r * wide + f] = bias ? bias[panel * PANEL + f] : 0.0f;
+    for (ptrdiff_t depth = 0; depth < inputs; depth += DEPTH)
+        for (ptrdiff_t t = 0; t < tiles; t++) {
+            const ptrdiff_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
+            const ptrdiff_t end = least(depth + DEPTH, inputs);
+            const ptrdiff_t asked = depth + ((end - depth) * (t & ((1 << spread) - 1)) >> spread);
+            for (ptrdiff_t from = depth, count; from < end; from += count) {
+                const ptrdiff_t scales = group ? panel * groups + from / group : 0;
+                count = group ? least(group - from % group, end - from) : end - from;
+                const struct part part = {
+                    .weights = weights + from * row_bytes,
+                    .panel_size = inputs * row_bytes,
+                    .scales = product->scales + scales * PANEL,
+                    .panel_scales = groups * PANEL,
+                    .rows = product->ordered + first * inputs + from * (last - first),
+                    .count = count,
+                    .left = inputs - from,
+                    .ahead = weights + AHEAD + (asked + ((from - depth) >> spread)) * row_bytes,
+                    .spread = spread,
+                    .out = sums + first * wide,
+                    .features = wide,
+                };
+                any_tile(&part, (int)(last - first), some, product->dtype);
+            }
+        }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t f = 0; f < wide; f += LANES) {
+            const ptrdiff_t feature = panel * PANEL + f;
+            vec value = LOAD(sums + r * wide + f);
+            if (product->activated) value = gelu(value);
+            if (product->residual)
+                value = ADD(LOAD(product->residual + r * product->residual_row + feature), value);
+            STORE(product->out + r * product->features + feature, value);
+        }
+}
+
+/* The panels from `next` to `end` - 1 are to be done by one thread, or by those that help it. */
+struct share {
+    _Alignas(LINE) _Atomic ptrdiff_t next;
+    ptrdiff_t end;
+};
+
+/* How many panels are to be done now, and the first of them; 0 when all are taken. */
+INLINE int take(struct share *share, int most, int fewer, ptrdiff_t *first) {
+    *first = atomic_load_explicit(&share->next, memory_order_relaxed);
+    for (;;) {
+        const ptrdiff_t left = share->end - *first;
+        const int some = left >= most ? most : left >= fewer ? fewer : left > 0;
+        if (some == 0 || atomic_compare_exchange_weak_explicit(&share->next, first, *first + some,
+                                                               memory_order_relaxed,
+                                                               memory_order_relaxed))
+            return some;
+    }
+}
+
 /* `out` [rows, features] = `x` [rows, inputs] times panels `w` in `dtype`, plus `bias` [features] or
-   NULL. `scales` are [features / PANEL][inputs / group, made up][PANEL]; NULL without a `group`.
+   NULL; if `activated`, GELU of that; plus `residual` or NULL, whose rows begin `residual_row` floats
+   apart. `scales` are [features / PANEL][inputs / group, made up][PANEL]; NULL without a `group`.
    `packed` is room for the inputs of BLOCK_ROWS rows, or of all if those are fewer. */
 void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, const float *x,
-              const float *bias, float *out, float *packed, ptrdiff_t features, ptrdiff_t inputs,
-              ptrdiff_t rows) {
-    const ptrdiff_t panels = features / PANEL, row_bytes = panel_row(dtype);
-    const ptrdiff_t panel_size = inputs * row_bytes;
-    const ptrdiff_t groups = group ? (inputs + group - 1) / group : 0;
-    const ptrdiff_t at_once = group ? least(group, DEPTH) : DEPTH;
+              const float *bias, int activated, const float *residual, ptrdiff_t residual_row,
+              float *out, float *packed, ptrdiff_t features, ptrdiff_t inputs, ptrdiff_t rows) {
+    const ptrdiff_t panels = features / PANEL;
+    const int threads = omp_get_max_threads();
     for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
         const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
         const int together = together_of(block, panels, dtype);
-        const float *ordered = block == 1 ? x + begun * inputs : packed;
-#pragma omp parallel
+        const int fewer = TOGETHER(least(block, MAX_TILE));
+        const struct product product = {
+            .weights = w,
+            .dtype = dtype,
+            .scales = scales,
+            .bias = bias,
+            .residual = residual ? residual + begun * residual_row : NULL,
+            .group = group,
+            .features = features,
+            .inputs = inputs,
+            .residual_row = residual_row,
+            .activated = activated,
+            .rows = block,
+            .tiles = tiles,
+            .ordered = block == 1 ? x + begun * inputs : packed,
+            .out = out + begun * features,
+        };
+        /* Each thread has its share of the panels, to one, as matrices come in pieces of few. Who is
+           done helps the others: processors that others use, too, are seldom equally fast. */
+        struct share shares[threads];
+        for (int t = 0; t < threads; t++) {
+            shares[t].end = (t + 1) * panels / threads;
+            atomic_init(&shares[t].next, t * panels / threads);
+        }
+#pragma omp parallel num_threads(threads)
         {
             /* Tile by tile and input by input: what a tile reads lies in the order of reading. */
             if (block > 1) { /* else nobody waits for the others here */
@@ -298,39 +435,15 @@ void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, co
                                 to[i * (last - first) + r - first] = x[(begun + r) * inputs + i];
                     }
             }
-            /* Each thread has its share of the panels, to one: matrices come in pieces of few. */
-            const ptrdiff_t threads = omp_get_num_threads(), own = omp_get_thread_num();
-            const ptrdiff_t end_panel = (own + 1) * panels / threads;
-            ptrdiff_t panel = own * panels / threads;
-            while (panel < end_panel) {
-                const int fewer = TOGETHER(least(block, MAX_TILE)), left = (int)(end_panel - panel);
-                const int some = left >= together ? together : left >= fewer ? fewer : 1;
-                float *columns = out + begun * features + panel * PANEL;
-                for (ptrdiff_t r = 0; r < block; r++)
-                    for (ptrdiff_t f = 0; f < some * PANEL; f++)
-                        columns[r * features + f] = bias ? bias[panel * PANEL + f] : 0.0f;
-                for (ptrdiff_t depth = 0; depth < inputs; depth += DEPTH)
-                    for (ptrdiff_t t = 0; t < tiles; t++) {
-                        const ptrdiff_t first = t * block / tiles, last = (t + 1) * block / tiles;
-                        const int some_rows = (int)(last - first);
-                        const ptrdiff_t end = least(depth + DEPTH, inputs);
-                        for (ptrdiff_t from = depth; from < end; from += at_once) {
-                            const ptrdiff_t of = group ? panel * groups + from / group : 0;
-                            const struct part part = {
-                                .weights = w + panel * panel_size + from * row_bytes,
-                                .panel_size = panel_size,
-                                .scales = scales + of * PANEL,
-                                .panel_scales = groups * PANEL,
-                                .rows = ordered + first * inputs + from * some_rows,
-                                .count = least(at_once, end - from),
-                                .left = inputs - from,
-                                .out = columns + first * features,
-                                .features = features,
-                            };
-                            any_tile(&part, some_rows, some, dtype);
-                        }
-                    }
-                panel += some;
+            _Alignas(LINE) float sums[BLOCK_ROWS * PANEL];
+            for (int helped = 0; helped < threads;) { /* itself first */
+                ptrdiff_t panel;
+                struct share *share = &shares[(omp_get_thread_num() + helped) % threads];
+                const int some = take(share, helped ? fewer : together, fewer, &panel);
+                if (some)
+                    multiply_panels(&product, panel, some, sums);
+                else
+                    helped++;
             }
         }
     }
@@ -338,10 +451,10 @@ void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, co
 
 /* ---- attention of single rows ---------------------------------------------------------------
 
-   Keys and values lie [heads, head_dim, capacity], as cache.py keeps them: both products run along
-   the tokens. Softmax in one pass over scores that stay in the first-level cache, a block of tokens
-   at a time, with the running maximum and sum of Milakov and Gimelshein, "Online normalizer
-   calculation for softmax" (arXiv 1805.02867). */
+   Keys and values lie [heads, capacity, head_dim], as cache.py keeps them: what a head has cached is
+   read in the order it lies in. Softmax in one pass over scores that stay in the first-level cache,
+   a block of tokens at a time, with the running maximum and sum of Milakov and Gimelshein, "Online
+   normalizer calculation for softmax" (arXiv 1805.02867). */
 
 #define TOKENS 1024 /* scores of a block; a multiple of LANES */
 
@@ -369,89 +482,117 @@ INLINE void from_float(void *p, ptrdiff_t i, float value, enum dtype dtype) {
     }
 }
 
-/* e^x for x <= 0: x = n ln 2 + r, and a polynomial in r; the constants are Cephes' (expf). Less than
-   e^-60 of the largest weight is 0: no sum can see it, and the denormal numbers that such weights
-   end in cost a hundred times the time of others (with ALiBi, most of a long context is there). */
-INLINE vec exponential(vec x) {
-    const vec least = SET(-60.0f), seen = x;
-    x = MAX(x, least);
-    const vec n = ROUND(MUL(x, SET(1.44269504088896341f)));
-    vec r = FMA(n, SET(-0.693359375f), x);
-    r = FMA(n, SET(2.12194440e-4f), r);
-    vec y = SET(1.9875691500e-4f);
-    y = FMA(y, r, SET(1.3981999507e-3f));
-    y = FMA(y, r, SET(8.3334519073e-3f));
-    y = FMA(y, r, SET(4.1665795894e-2f));
-    y = FMA(y, r, SET(1.6666665459e-1f));
-    y = FMA(y, r, SET(5.0000001201e-1f));
-    y = FMA(MUL(r, r), y, ADD(r, SET(1.0f)));
-    return ZERO_IF_LESS(MUL(y, power_of_two(n)), seen, least);
+#define STREAMS 8         /* places where a head's tokens are read at once: memory gives more to more */
+#define TOKENS_AHEAD 4096 /* bytes */
+#define CHUNK 8           /* vectors of a head's dimensions that registers hold at once */
+
+/* Some dimensions of the keys, or of the values, of `count` tokens. */
+struct walk {
+    const char *cached; /* the first token's */
+    ptrdiff_t count;
+    size_t row; /* bytes from one token to the next */
+};
+
+INLINE const char *at_token(const struct walk *walk, ptrdiff_t token, const int vectors,
+                            const enum dtype dtype) {
+    const char *cached = walk->cached + token * walk->row;
+    UNROLL for (size_t byte = 0; byte < vectors * LANES * width(dtype); byte += LINE)
+        _mm_prefetch(cached + TOKENS_AHEAD + byte, _MM_HINT_T0);
+    return cached;
 }
 
-/* Dimensions of a head that are walked through side by side: as many streams as the processor reads
-   ahead of by itself; asking for what comes then has only made it slower. */
-#define TOGETHER_D 8
-
-/* `scores` [count] += `query` [dims] times `keys` [dims, capacity]. */
-INLINE void add_scores(const float *query, const char *keys, float *scores, ptrdiff_t count,
-                       ptrdiff_t readable, ptrdiff_t capacity, const int dims,
-                       const enum dtype dtype) {
-    const size_t bytes = width(dtype), row = capacity * bytes;
-    ptrdiff_t t = 0;
-    for (; t < count && t + LANES <= readable; t += LANES) {
-        vec sum = LOAD(scores + t); /* what lies behind the tokens is not counted later */
-        UNROLL for (int d = 0; d < dims; d++) {
-            sum = FMA(SET(query[d]), load(keys + d * row + t * bytes, dtype), sum);
-        }
-        STORE(scores + t, sum);
-    }
-    for (; t < count; t++)
-        for (int d = 0; d < dims; d++)
-            scores[t] = fmaf(query[d], to_float(keys, d * capacity + t, dtype), scores[t]);
+/* `scores` [count] += `query` [vectors * LANES] times the keys. */
+INLINE void add_scores(const float *query, const struct walk *walk, float *scores,
+                       const int vectors, const enum dtype dtype) {
+    vec wanted[CHUNK];
+    UNROLL for (int v = 0; v < vectors; v++) wanted[v] = LOAD(query + v * LANES);
+#define SCORE(TOKEN)                                                                          \
+    do {                                                                                      \
+        const char *key = at_token(walk, TOKEN, vectors, dtype);                              \
+        vec even = SET(0.0f), odd = SET(0.0f);                                                \
+        UNROLL for (int v = 0; v < vectors; v++) {                                            \
+            const vec part = load(key + v * LANES * width(dtype), dtype);                     \
+            if (v % 2)                                                                        \
+                odd = FMA(wanted[v], part, odd);                                              \
+            else                                                                              \
+                even = FMA(wanted[v], part, even);                                            \
+        }                                                                                     \
+        scores[TOKEN] += SUM(ADD(even, odd));                                                 \
+    } while (0)
+    const ptrdiff_t part = walk->count / STREAMS;
+    for (ptrdiff_t t = 0; t < part; t++)
+        UNROLL for (int s = 0; s < STREAMS; s++) SCORE(s * part + t);
+    for (ptrdiff_t t = STREAMS * part; t < walk->count; t++) SCORE(t);
 }
 
-/* `out` [dims] = `out` times `shrink` + `weights` [count] times `values` [dims, capacity]. */
-INLINE void add_values(const float *weights, const char *values, float *out, float shrink,
-                       ptrdiff_t count, ptrdiff_t capacity, const int dims,
-                       const enum dtype dtype) {
-    const size_t bytes = width(dtype), row = capacity * bytes;
-    vec sums[TOGETHER_D];
-    ptrdiff_t t = 0;
-    UNROLL for (int d = 0; d < dims; d++) sums[d] = SET(0.0f);
-    for (; t + LANES <= count; t += LANES) {
-        const vec weight = LOAD(weights + t);
-        UNROLL for (int d = 0; d < dims; d++) {
-            sums[d] = FMA(weight, load(values + d * row + t * bytes, dtype), sums[d]);
-        }
-    }
-    for (int d = 0; d < dims; d++) {
-        float sum = SUM(sums[d]);
-        for (ptrdiff_t last = t; last < count; last++)
-            sum = fmaf(weights[last], to_float(values, d * capacity + last, dtype), sum);
-        out[d] = out[d] * shrink + sum;
+/* `out` [vectors * LANES] = `out` times `shrink` + `weights` [count] times the values. */
+INLINE void add_values(const float *weights, const struct walk *walk, float *out, float shrink,
+                       const int vectors, const enum dtype dtype) {
+    vec sums[CHUNK];
+    UNROLL for (int v = 0; v < vectors; v++) sums[v] = MUL(LOAD(out + v * LANES), SET(shrink));
+#define ADD_VALUE(TOKEN)                                                                      \
+    do {                                                                                      \
+        const char *value = at_token(walk, TOKEN, vectors, dtype);                            \
+        const vec weight = SET(weights[TOKEN]);                                               \
+        UNROLL for (int v = 0; v < vectors; v++)                                              \
+            sums[v] = FMA(weight, load(value + v * LANES * width(dtype), dtype), sums[v]);    \
+    } while (0)
+    const ptrdiff_t part = walk->count / STREAMS;
+    for (ptrdiff_t t = 0; t < part; t++)
+        UNROLL for (int s = 0; s < STREAMS; s++) ADD_VALUE(s * part + t);
+    for (ptrdiff_t t = STREAMS * part; t < walk->count; t++) ADD_VALUE(t);
+    UNROLL for (int v = 0; v < vectors; v++) STORE(out + v * LANES, sums[v]);
+}
+
+/* A head's dimensions from `d` on, in chunks of sizes that the compiler knows. */
+#define BY_CHUNKS(DO)                                                                         \
+    for (; d + CHUNK * LANES <= head_dim; d += CHUNK * LANES) DO(CHUNK);                      \
+    for (; d + 4 * LANES <= head_dim; d += 4 * LANES) DO(4);                                  \
+    for (; d + 2 * LANES <= head_dim; d += 2 * LANES) DO(2);                                  \
+    for (; d + LANES <= head_dim; d += LANES) DO(1);
+
+INLINE void all_scores(const float *query, const char *keys, float *scores, ptrdiff_t count,
+                       ptrdiff_t head_dim, const enum dtype dtype) {
+    const size_t bytes = width(dtype);
+    ptrdiff_t d = 0;
+#define SCORES(VECTORS)                                                                       \
+    add_scores(query + d, &(struct walk){keys + d * bytes, count, head_dim * bytes}, scores,  \
+               VECTORS, dtype)
+    BY_CHUNKS(SCORES)
+    for (; d < head_dim; d++)
+        for (ptrdiff_t t = 0; t < count; t++)
+            scores[t] = fmaf(query[d], to_float(keys, t * head_dim + d, dtype), scores[t]);
+}
+
+INLINE void all_values(const float *weights, const char *values, float *out, float shrink,
+                       ptrdiff_t count, ptrdiff_t head_dim, const enum dtype dtype) {
+    const size_t bytes = width(dtype);
+    ptrdiff_t d = 0;
+#define VALUES(VECTORS)                                                                       \
+    add_values(weights, &(struct walk){values + d * bytes, count, head_dim * bytes}, out + d, \
+               shrink, VECTORS, dtype)
+    BY_CHUNKS(VALUES)
+    for (; d < head_dim; d++) {
+        out[d] *= shrink;
+        for (ptrdiff_t t = 0; t < count; t++)
+            out[d] = fmaf(weights[t], to_float(values, t * head_dim + d, dtype), out[d]);
     }
 }
 
 /* One row and one head: `out` [head_dim] from `query` [head_dim] over the tokens `first` to
    `length` - 1. A `softcap` of 0 is none. */
 INLINE void attend(const float *query, const char *keys, const char *values, float *out,
-                   ptrdiff_t first, ptrdiff_t length, ptrdiff_t capacity, ptrdiff_t head_dim,
-                   float scale, float softcap, float slope, const enum dtype dtype) {
-    const size_t bytes = width(dtype);
+                   ptrdiff_t first, ptrdiff_t length, ptrdiff_t head_dim, float scale,
+                   float softcap, float slope, const enum dtype dtype) {
+    const size_t row = head_dim * width(dtype);
     float scores[TOKENS], largest = -INFINITY, sum = 0.0f;
     for (ptrdiff_t d = 0; d < head_dim; d++) out[d] = 0.0f;
     for (ptrdiff_t from = first; from < length; from += TOKENS) {
-        const ptrdiff_t count = least(TOKENS, length - from), readable = capacity - from;
+        const ptrdiff_t count = least(TOKENS, length - from);
         const ptrdiff_t padded = (count + LANES - 1) / LANES * LANES;
-        const char *key = keys + from * bytes, *value = values + from * bytes;
-        ptrdiff_t t, d = 0;
-        for (t = 0; t < padded; t++) scores[t] = 0.0f;
-        for (; d + TOGETHER_D <= head_dim; d += TOGETHER_D)
-            add_scores(query + d, key + d * capacity * bytes, scores, count, readable, capacity,
-                       TOGETHER_D, dtype);
-        for (; d < head_dim; d++)
-            add_scores(query + d, key + d * capacity * bytes, scores, count, readable, capacity, 1,
-                       dtype);
+        ptrdiff_t t;
+        for (t = 0; t < count; t++) scores[t] = 0.0f;
+        all_scores(query, keys + from * row, scores, count, head_dim, dtype);
         for (t = 0; t < count; t++) scores[t] *= scale;
         if (softcap > 0.0f)
             for (t = 0; t < count; t++) scores[t] = softcap * tanhf(scores[t] / softcap);
@@ -469,12 +610,7 @@ INLINE void attend(const float *query, const char *keys, const char *values, flo
             total = ADD(total, weight);
         }
         sum = sum * shrink + SUM(total);
-        for (d = 0; d + TOGETHER_D <= head_dim; d += TOGETHER_D)
-            add_values(scores, value + d * capacity * bytes, out + d, shrink, count, capacity,
-                       TOGETHER_D, dtype);
-        for (; d < head_dim; d++)
-            add_values(scores, value + d * capacity * bytes, out + d, shrink, count, capacity, 1,
-                       dtype);
+        all_values(scores, values + from * row, out, shrink, count, head_dim, dtype);
     }
     for (ptrdiff_t d = 0; d < head_dim; d++) out[d] /= sum;
 }
@@ -487,7 +623,7 @@ struct strided {
 
 /* One row of a batch and what its lane has cached. */
 struct lane {
-    void *keys, *values; /* [cache_heads, head_dim, capacity] */
+    void *keys, *values; /* [cache_heads, capacity, head_dim] */
     ptrdiff_t capacity, length, row; /* tokens before this one; which row of the batch it is */
 };
 
@@ -512,13 +648,13 @@ void decode_attention(const struct strided views[3], float *out, const struct la
         const float *new_key = key.data + of * key.head + lane->row * key.row;
         const float *new_value = value.data + of * value.head + lane->row * value.row;
         for (ptrdiff_t d = 0; d < head_dim; d++) {
-            from_float(keys, d * lane->capacity + lane->length, new_key[d], dtype);
-            from_float(values, d * lane->capacity + lane->length, new_value[d], dtype);
+            from_float(keys, lane->length * head_dim + d, new_key[d], dtype);
+            from_float(values, lane->length * head_dim + d, new_value[d], dtype);
         }
 #define ATTEND(DTYPE)                                                                         \
     attend(query.data + h * query.head + lane->row * query.row, keys, values,                 \
-           out + (lane->row * heads + h) * head_dim, length - seen, length, lane->capacity,   \
-           head_dim, scale, softcap, slopes ? slopes[h] : 0.0f, DTYPE)
+           out + (lane->row * heads + h) * head_dim, length - seen, length, head_dim, scale,  \
+           softcap, slopes ? slopes[h] : 0.0f, DTYPE)
         for (ptrdiff_t h = of * group; h < (of + 1) * group; h++)
             switch (dtype) { /* here, for the same reason as in any_tile */
             case FLOAT16: ATTEND(FLOAT16); break;

@@ -83,12 +83,12 @@ class CachedLanes:
     ) -> None:
         """Lane i has ``lengths[i]`` tokens in ``caches[i]`` and owns row ``rows[i]`` of the batch.
 
-        Its keys and its values are ``[cache_heads, head_dim, capacity]``, of one dtype for all lanes.
+        Its keys and its values are ``[cache_heads, capacity, head_dim]``, of one dtype for all lanes.
         """
         self._caches = tuple(caches)  # whose memory the table points to
         self._table = np.array(
             [
-                (keys.data_ptr(), values.data_ptr(), keys.shape[2], length, row)
+                (keys.data_ptr(), values.data_ptr(), keys.shape[1], length, row)
                 for (keys, values), length, row in zip(caches, lengths, rows, strict=True)
             ],
             np.int64,
@@ -121,7 +121,10 @@ class Native:
         self._panel: int = library.panel_features()
         self._block_rows: int = library.block_rows()
         self._multiply = library.multiply
-        self._multiply.argtypes = [_void, _int, _void, _size, *[_void] * 4, *[_size] * 3]
+        self._multiply.argtypes = [
+            *[_void, _int, _void, _size, _void, _void],
+            *[_int, _void, _size, _void, _void, _size, _size, _size],
+        ]
         self._multiply.restype = None
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int]
@@ -161,11 +164,18 @@ class Native:
         return PackedMatrix(features, inputs, panels * panel, data, scales, group)
 
     def multiply(
-        self, rows: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None
+        self,
+        rows: torch.Tensor,
+        weight: PackedMatrix,
+        bias: torch.Tensor | None,
+        *,
+        gelu: bool = False,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``[rows, in]`` to ``[rows, out]``. ``bias`` is ``[weight.padded]``, contiguous.
 
-        Weights are widened as they are read and all arithmetic is float32.
+        Weights are widened as they are read and all arithmetic is float32. With ``gelu``, GELU's tanh
+        approximation of it; with a ``residual`` ``[rows, out]``, that added to it in the end.
         """
         count, inputs = rows.shape
         if rows.dtype != torch.float32 or inputs != weight.inputs:
@@ -175,6 +185,9 @@ class Native:
         packed = None
         if count > 1:
             packed = rows.new_empty(min(count, self._block_rows) * inputs)
+        added = residual
+        if added is not None and (weight.padded > weight.features or added.stride(1) != 1):
+            added = None
         self._multiply(
             weight.data.data_ptr(),
             _DTYPES[weight.data.dtype],
@@ -182,13 +195,18 @@ class Native:
             weight.group,
             rows.data_ptr(),
             None if bias is None else bias.data_ptr(),
+            gelu,
+            None if added is None else added.data_ptr(),
+            0 if added is None else added.stride(0),
             output.data_ptr(),
             None if packed is None else packed.data_ptr(),
             weight.padded,
             inputs,
             count,
         )
-        return output if weight.padded == weight.features else output[:, : weight.features]
+        if weight.padded > weight.features:
+            output = output[:, : weight.features]
+        return output if added is residual else output + residual
 
     def decode_attention(
         self,

@@ -1,8 +1,8 @@
 """BLOOM: fused query-key-value, ALiBi, a layer norm behind the embedding, mostly a tied head.
 
-The forward pass is transformers' ``BloomBlock``, with two things changed: attention is ragged and
-the activation is ``F.gelu``'s tanh approximation, the same function as ``BloomGelu`` without its
-autograd wrapper. Tensor-parallel slices (``pretraining_tp`` with ``slow_but_exact``) are summed
+The forward pass is transformers' ``BloomBlock``, with two things changed: attention is ragged, and
+activation (the tanh approximation of GELU, the same function as ``BloomGelu``) and residuals are left
+to the linear modules, which have their results at hand. Tensor-parallel slices (``pretraining_tp`` with ``slow_but_exact``) are summed
 in one matrix product, which is what they mean.
 """
 
@@ -15,6 +15,7 @@ from transformers.models.bloom import modeling_bloom
 
 from ...protocol.errors import ModelError
 from ..attention import AlibiBias, Plan, ragged_attention
+from ..linear import Linear
 from ..model import Ends, RunBlock, Start
 from .family import Dimensions
 from .own_attention import OwnAttention
@@ -40,7 +41,22 @@ class RaggedBloomAttention(modeling_bloom.BloomAttention):
         attended = ragged_attention(
             query, key, value, plan=layer_past, block=self.layer_idx, scale=self.inv_norm_factor
         )
-        return self.dense(attended) + residual, None
+        return _linear(self.dense).added_to(residual, attended), None
+
+
+class FusedBloomMLP(modeling_bloom.BloomMLP):
+    """BLOOM's MLP with its activation and its residual left to the linear modules."""
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """``[1, rows, hidden]`` twice to ``[1, rows, hidden]``."""
+        activated = _linear(self.dense_h_to_4h).gelu(hidden_states)
+        return _linear(self.dense_4h_to_h).added_to(residual, activated)
+
+
+def _linear(module: nn.Module) -> Linear:
+    """What loading has put where the block had ``nn.Linear``."""
+    assert isinstance(module, Linear)
+    return module
 
 
 class BloomEnds(Ends):
@@ -108,7 +124,7 @@ class Bloom(OwnAttention):
         """See ``Family``."""
         module = modeling_bloom.BloomBlock(config, layer_idx=block)
         module.self_attention = RaggedBloomAttention(config, layer_idx=block)
-        module.mlp.gelu_impl = nn.GELU(approximate="tanh")  # type: ignore[assignment]
+        module.mlp = FusedBloomMLP(config)
         return module
 
     def start(self, _config: BloomConfig, _device: torch.device) -> Start:

@@ -9,8 +9,20 @@ import statistics
 from collections.abc import Iterator
 
 import torch
+from petals.inference.checkpoint import open_checkpoint
 
-from .local import FLOAT16, FLOAT32, Local, LocalSession, mode_label, modes, name_of, token_ids
+from .local import (
+    FLOAT16,
+    FLOAT32,
+    Local,
+    LocalSession,
+    Mode,
+    bits_a_weight,
+    mode_label,
+    modes,
+    name_of,
+    token_ids,
+)
 from .models import ModelSize
 from .report import Report
 from .rivals import DiskOffload, Transformers
@@ -18,27 +30,37 @@ from .settings import Settings, fits_memory
 from .timing import Sampler, medians
 
 AIMS = {torch.float32: 1.5, torch.bfloat16: 2.0}
-"""How far ahead of transformers in a dtype decoding should be."""
+"""How far ahead of transformers in a dtype decoding should be, with every weight at its full value."""
 OFFLOADED = ("560m", "tiny")
 """Models that are also run from the disk; of larger ones a token takes too long."""
 OFFLOAD_TOKENS = 2
 
 
 def measure(settings: Settings, report: Report) -> None:
-    """Every model that writes text, in every dtype."""
+    """Every model that writes text, in every dtype; and those with weights of 32 bits."""
     for size in settings.whole:
-        folder = settings.folder(size, report)
         for mode in modes():
-            label = mode_label(size, folder, mode)
-            rivals = [torch.float32] if mode is FLOAT32 else [torch.bfloat16, torch.float16]
-            needed = size.parameters * (8 if mode is FLOAT32 else 6)
-            if not fits_memory(needed, f"{label} beside transformers", report):
-                continue
-            with Local(folder, mode, ends=True) as local:
-                against_transformers(settings, report, local, rivals, label)
-                if mode is FLOAT16 and size.name in OFFLOADED:
-                    against_offload(settings, report, local, size, label)
-            gc.collect()
+            beside = torch.float32 if mode is FLOAT32 else torch.float16
+            in_mode(settings, report, size, mode, [beside, torch.bfloat16])
+    for size in settings.wide:
+        in_mode(settings, report, size, FLOAT32, [torch.float32])
+
+
+def in_mode(
+    settings: Settings, report: Report, size: ModelSize, mode: Mode, rivals: list[torch.dtype]
+) -> None:
+    """One model in one dtype of ours, against transformers in each of ``rivals``."""
+    folder = settings.folder(size, report)
+    label = mode_label(size, folder, mode)
+    held = bits_a_weight(open_checkpoint(folder), mode) / 8
+    needed = size.parameters * (held + sum(dtype.itemsize for dtype in rivals))
+    if not fits_memory(needed, f"{label} beside transformers", report):
+        return
+    with Local(folder, mode, ends=True) as local:
+        against_transformers(settings, report, local, rivals, label)
+        if mode is FLOAT16 and size.name in OFFLOADED:
+            against_offload(settings, report, local, size, label)
+    gc.collect()
 
 
 def open_with_prompt(settings: Settings, local: Local) -> tuple[LocalSession, list[int]]:
@@ -73,7 +95,7 @@ def against_transformers(
             "tokens/s",
             rival,
             1 / decodes[str(dtype)],
-            AIMS.get(dtype),
+            AIMS.get(dtype) if local.mode is FLOAT32 else None,
         )
         report.ahead(
             f"{label}: prefill of {len(prompt)} tokens",

@@ -263,7 +263,7 @@ class LocalSession:
 
         def compute() -> tuple[int, WireTensor]:
             ends = self.local.ends
-            token = ends.logits(to_torch(hidden)[:, -1:]).argmax()
+            token = ends.logits(to_torch(hidden)[:, -1:], largest_only=True).argmax()
             return int(token), to_wire(ends.embed(token.view(1, 1)), self.local.wire_dtype)
 
         token, self._next = self.local.compute(compute)

@@ -26,7 +26,7 @@ LAYOUT = 1
 VOCABULARY = 250_880
 POOL = 8_388_593
 """Random numbers, a prime so that no two rows of a matrix are the same ones."""
-STORED = {torch.float16: "F16", torch.bfloat16: "BF16"}
+STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Names of dtypes in a safetensors file."""
 
 
@@ -60,13 +60,16 @@ SIZES = {
     for size in (
         ModelSize("560m", 1024, 24, 16),
         ModelSize("1b7", 2048, 24, 16),
+        ModelSize("560m-32bit", 1024, 24, 16, dtype=torch.float32),
+        ModelSize("1b7-32bit", 2048, 24, 16, dtype=torch.float32),
         ModelSize("7b1", 4096, 30, 32, written_blocks=1),
         ModelSize("176b", 14336, 70, 112, dtype=torch.bfloat16, written_blocks=1),
     )
 }
-"""BLOOM's, by what the hub calls them."""
+"""BLOOM's, by what the hub calls them; with weights that 16 bits don't hold, too."""
 TINY = ModelSize("tiny", 64, 6, 4, vocabulary=512)
 """To try a benchmark, not to measure anything."""
+TINY_WIDE = ModelSize("tiny-32bit", 64, 6, 4, dtype=torch.float32, vocabulary=512)
 TINY_BLOCK = ModelSize("tiny-block", 64, 6, 4, written_blocks=1, vocabulary=512)
 
 

@@ -18,7 +18,7 @@ from .settings import Settings, fits_memory
 
 JUDGED = 16
 """Sessions for which the aims are."""
-AIMS = {"560m": 3.5, "1b7": 5.0}
+AIMS = {"560m": 3.5, "1b7": 5.0, "560m-32bit": 3.5, "1b7-32bit": 5.0}
 """Times the speed of one session that they should have in all."""
 LEAST_SHARE = 0.8
 SHORTEST = 16
@@ -29,7 +29,7 @@ ROOM = 256
 def measure(settings: Settings, report: Report) -> None:
     """Every model that writes text; blocks only, as embedding and head are the originators'."""
     curves: list[Curve] = []
-    for size in settings.whole:
+    for size in (*settings.whole, *settings.wide):
         folder = settings.folder(size, report)
         label = mode_label(size, folder, AUTO)
         with Local(folder, AUTO, cache_tokens=100_000) as local:

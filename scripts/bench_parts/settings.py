@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from .bandwidth import Bandwidth
-from .models import SIZES, TINY, TINY_BLOCK, ModelSize, model_folder
+from .models import SIZES, TINY, TINY_BLOCK, TINY_WIDE, ModelSize, model_folder
 from .report import Report
 
 
@@ -24,6 +24,8 @@ class Settings:
     """Whether every path is only tried."""
     whole: tuple[ModelSize, ...] = (SIZES["560m"], SIZES["1b7"])
     """Models that write text."""
+    wide: tuple[ModelSize, ...] = (SIZES["560m-32bit"], SIZES["1b7-32bit"])
+    """The same with weights of 32 bits: of them, only what is said of float32 is measured."""
     block: ModelSize = SIZES["7b1"]
     """A model of which one block is measured."""
     large_block: ModelSize = SIZES["176b"]
@@ -73,7 +75,7 @@ class Settings:
     @property
     def sizes(self) -> Sequence[ModelSize]:
         """Every model that is needed."""
-        return (*self.whole, self.block, self.large_block)
+        return (*self.whole, *self.wide, self.block, self.large_block)
 
 
 def tiny(models: pathlib.Path) -> Settings:
@@ -82,6 +84,7 @@ def tiny(models: pathlib.Path) -> Settings:
         models=models,
         quick=True,
         whole=(TINY,),
+        wide=(TINY_WIDE,),
         block=TINY_BLOCK,
         large_block=TINY_BLOCK,
         rounds=2,
@@ -115,8 +118,11 @@ def chosen(
     if rounds is not None:
         settings = dataclasses.replace(settings, rounds=rounds)
     if only is not None and not quick:
-        whole = tuple(size for size in settings.whole if size.name in only)
-        settings = dataclasses.replace(settings, whole=whole)
+        whole, wide = (
+            tuple(size for size in sizes if size.name in only)
+            for sizes in (settings.whole, settings.wide)
+        )
+        settings = dataclasses.replace(settings, whole=whole, wide=wide)
     return settings
 
 

@@ -142,6 +142,12 @@ def test_a_linear_in_pieces_is_a_linear(
     tolerance = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2, "int8": 0.02}
     error = (result - expected).norm() / expected.norm()
     assert error < tolerance.get(weights, 0.12)
+    torch.testing.assert_close(linear.gelu(x), F.gelu(result, approximate="tanh"))
+    torch.testing.assert_close(linear.added_to(expected, x), expected + result)
+    monkeypatch.setattr("petals.inference.linear.PIECE", PIECE)
+    whole = pack_linear(weight.shape, rows, bias, weights, CPU)
+    torch.testing.assert_close(whole.gelu(x), F.gelu(whole(x), approximate="tanh"))
+    torch.testing.assert_close(whole.added_to(expected, x), expected + whole(x))
 
 
 def test_float32_weights_that_float16_holds_lose_nothing_and_others_neither() -> None:

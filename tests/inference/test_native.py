@@ -52,6 +52,47 @@ def test_rows_times_a_matrix(
 
 
 @given(
+    features=st.sampled_from([7, 64, 200, 1024]),
+    rows=st.sampled_from([1, 5, 16, 113]),
+    biased=st.booleans(),
+    gelu=st.booleans(),
+    added=st.sampled_from([None, "contiguous", "rows apart", "columns apart"]),
+    large=st.sampled_from([1.0, 30.0, 1e18]),
+)
+def test_what_is_done_with_a_product_on_the_way(
+    library: Native,
+    features: int,
+    rows: int,
+    added: str | None,
+    large: float,
+    *,
+    biased: bool,
+    gelu: bool,
+) -> None:
+    weight = normal(features, 100) / 10
+    packed = library.pack(weight)
+    bias = normal(packed.padded, seed=1) if biased else None
+    x = large * normal(rows, 100, seed=2)
+    residual = None
+    if added is not None:
+        residual = normal(rows, features, seed=3)
+        if added == "rows apart":
+            residual = F.pad(residual, (3, 4))[:, 3:-4]
+        elif added == "columns apart":
+            residual = residual.t().contiguous().t()
+    result = library.multiply(x, packed, bias, gelu=gelu, residual=residual)
+    expected = library.multiply(x, packed, bias)
+    if gelu:
+        expected = F.gelu(expected, approximate="tanh")
+    if residual is not None:
+        expected = residual + expected
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=5e-7)
+    x[-1, 0] = torch.nan
+    visible = library.multiply(x, packed, bias, gelu=gelu, residual=residual)[-1]
+    assert torch.isnan(visible).all(), "what is not finite stays visible"
+
+
+@given(
     features=st.integers(1, 130),
     inputs=st.sampled_from([1, 63, 64, 100, 2048, 2049, 5000]),
     rows=st.sampled_from([1, 2, 3, 4, 8, 14, 15, 113]),
@@ -82,7 +123,7 @@ def test_rows_times_a_matrix_of_few_bits(
 
 @given(
     lengths=st.lists(st.integers(0, 2100), min_size=1, max_size=4),
-    shape=st.sampled_from([(4, 4, 64), (6, 2, 80), (3, 3, 5), (2, 1, 128)]),
+    shape=st.sampled_from([(4, 4, 64), (6, 2, 80), (3, 3, 5), (2, 1, 128), (2, 2, 104)]),
     room=st.integers(0, 40),
     dtype=st.sampled_from([torch.float32, *HALVES]),
     slope=st.sampled_from([None, 0.002, 0.7]),
@@ -103,17 +144,17 @@ def test_attention_of_rows_that_decode(
     batch = len(lengths) + 2  # the first and the last row belong to nobody here
     query = normal(batch, heads, head_dim, seed=1).transpose(0, 1)
     key = normal(cache_heads, batch, head_dim, seed=2)
-    value = normal(cache_heads, head_dim, batch, seed=3).transpose(1, 2)
+    value = normal(batch, cache_heads, head_dim, seed=3).transpose(0, 1)
     capacities = [length + 1 + room for length in lengths]
     caches = [
         (
-            normal(cache_heads, head_dim, capacity, seed=4).to(dtype),
-            normal(cache_heads, head_dim, capacity, seed=5).to(dtype),
+            normal(cache_heads, capacity, head_dim, seed=4).to(dtype),
+            normal(cache_heads, capacity, head_dim, seed=5).to(dtype),
         )
         for capacity in capacities
     ]
     for (keys, values), length in zip(caches, lengths, strict=True):
-        keys[:, :, length:] = values[:, :, length:] = torch.nan  # never written, never seen
+        keys[:, length:] = values[:, length:] = torch.nan  # never written, never seen
     slopes = None if slope is None else torch.full((heads,), slope)
     output = torch.full((batch, heads, head_dim), 7.0)
     rows = range(1, batch - 1)
@@ -124,19 +165,19 @@ def test_attention_of_rows_that_decode(
     assert (output[0] == 7).all()
     assert (output[-1] == 7).all()
     for (keys, values), length, row in zip(caches, lengths, rows, strict=True):
-        assert torch.equal(keys[:, :, length], key[:, row].to(dtype))
-        assert torch.equal(values[:, :, length], value[:, row].to(dtype))
+        assert torch.equal(keys[:, length], key[:, row].to(dtype))
+        assert torch.equal(values[:, length], value[:, row].to(dtype))
         used, group = length + 1, heads // cache_heads
-        all_keys = keys[:, :, :used].float().repeat_interleave(group, dim=0)
-        all_values = values[:, :, :used].float().repeat_interleave(group, dim=0)
-        scores = torch.einsum("hd,hdt->ht", query[:, row], all_keys) * 0.3
+        all_keys = keys[:, :used].float().repeat_interleave(group, dim=0)
+        all_values = values[:, :used].float().repeat_interleave(group, dim=0)
+        scores = torch.einsum("hd,htd->ht", query[:, row], all_keys) * 0.3
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if slope is not None:
             scores += slope * torch.arange(-length, 1)
         if window is not None:
             scores[:, : max(0, used - window)] = -torch.inf
-        expected = torch.einsum("ht,hdt->hd", scores.softmax(dim=-1), all_values)
+        expected = torch.einsum("ht,htd->hd", scores.softmax(dim=-1), all_values)
         torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -145,7 +186,7 @@ def test_what_is_not_finite_stays_visible(library: Native) -> None:
     for bad in (query, key, value):
         kept = bad.clone()
         bad[1, 0, 3] = torch.nan
-        cache = normal(2, 8, 64, seed=4), normal(2, 8, 64, seed=5)
+        cache = normal(2, 64, 8, seed=4), normal(2, 64, 8, seed=5)
         output = torch.zeros(1, 2, 8)
         lanes = CachedLanes([cache], [40], [0])
         views = query[None], key[None], value[None]
