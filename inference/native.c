@@ -168,8 +168,8 @@ INLINE vec gelu(vec x) {
 #define MOST_TOGETHER 8 /* panels that are walked through side by side */
 #define DEPTH 512 /* inputs at once: a panel's part of them is near when the next tile wants it */
 #define BLOCK_ROWS (8 * MAX_TILE)
-#define LINE 64     /* bytes of a cache line */
-#define AHEAD 32768 /* bytes: some pages, so that addresses are looked up in time, too */
+#define LINE 64    /* bytes of a cache line */
+#define AHEAD 8192 /* bytes: two pages, so that addresses are looked up in time, too */
 
 ptrdiff_t panel_features(void) { return PANEL; }
 ptrdiff_t block_rows(void) { return BLOCK_ROWS; }
@@ -325,7 +325,8 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
     const char *weights = product->weights + panel * inputs * row_bytes;
     const float *bias = product->bias;
     /* The first tile waits for weights that the others then find in the cache. So that memory is
-       never idle, each of them asks for its part of what comes next. */
+       never idle, each of them asks for its part of the next DEPTH. */
+    const ptrdiff_t ahead = tiles < 2 ? AHEAD : DEPTH * row_bytes;
     const int spread = tiles < 2 ? 0 : tiles < 4 ? 1 : tiles < 8 ? 2 : 3;
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t f = 0; f < wide; f++)
@@ -346,7 +347,7 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
                     .rows = product->ordered + first * inputs + from * (last - first),
                     .count = count,
                     .left = inputs - from,
-                    .ahead = weights + AHEAD + (asked + ((from - depth) >> spread)) * row_bytes,
+                    .ahead = weights + ahead + (asked + ((from - depth) >> spread)) * row_bytes,
                     .spread = spread,
                     .out = sums + first * wide,
                     .features = wide,
