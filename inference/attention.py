@@ -13,7 +13,7 @@ ALiBi biases are fp32 and relative to the newest token (softmax doesn't see the 
 absolute ones round away in 16 bits. On a CPU, attention is computed in fp32, and a 16-bit cache is
 widened group of heads by group of heads, into memory that is used again and again: faster than
 16-bit arithmetic there, and as exact as the cache is. All lanes that decode go into one call of
-``native.c`` where that can be had: in the loop, half of their time is the calls' own.
+``native.py`` where that can be had: in the loop, half of their time is the calls' own.
 """
 
 import math

@@ -112,7 +112,7 @@ class NativeKernel:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         library = native()
         if library is None:
-            raise RuntimeError("native.c cannot be had here")
+            raise RuntimeError("our kernels cannot be had here")
         self._multiply = library.multiply
         self.packed = self._pack(library, weight)
         self._bias = None

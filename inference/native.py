@@ -1,8 +1,8 @@
-"""``native.c``, compiled for the processor at hand, and its functions on tensors.
+"""Our own kernels in C, compiled for the processor at hand, and called on tensors.
 
-It is compiled when it is first needed (some seconds) and kept in the user's cache, by what it
-was made from and for. Where there is no C compiler with OpenMP, or a processor that it is not
-written for, there is none, and the libraries' kernels do the work; a node that lacks it is slower
+They are compiled when they are first needed (some seconds) and kept in the user's cache, by what
+they were made from and for. Where there is no C compiler with OpenMP, or a processor that they are
+not written for, there are none, and the libraries' kernels do the work; a node that lacks it is slower
 and computes the same.
 """
 
@@ -33,7 +33,8 @@ from .quantizing import Int8Weights, Nf4Weights
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCES = [Path(__file__).parent / f"native_{part}.c" for part in ("product", "attention")]
+_HEADER = Path(__file__).parent / "native_vectors.h"
 _COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c11")
 _COMPILE_SECONDS = 120.0
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
@@ -121,10 +122,8 @@ class Native:
         self._panel: int = library.panel_features()
         self._block_rows: int = library.block_rows()
         self._multiply = library.multiply
-        self._multiply.argtypes = [
-            *[_void, _int, _void, _size, _void, _void],
-            *[_int, _void, _size, _void, _void, _size, _size, _size],
-        ]
+        self._multiply.argtypes = [_void, _int, _void, _size, _void, _void, _int, _void, _size]
+        self._multiply.argtypes += [_void, _void, _size, _size, _size]
         self._multiply.restype = None
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int]
@@ -186,8 +185,11 @@ class Native:
         if count > 1:
             packed = rows.new_empty(min(count, self._block_rows) * inputs)
         added = residual
-        if added is not None and (weight.padded > weight.features or added.stride(1) != 1):
-            added = None
+        if residual is not None:
+            if residual.dtype != torch.float32 or residual.shape != (count, weight.features):
+                raise ValueError(f"{residual.dtype} {tuple(residual.shape)} is no residual of it")
+            if weight.padded > weight.features or residual.stride(1) != 1:
+                added = None
         self._multiply(
             weight.data.data_ptr(),
             _DTYPES[weight.data.dtype],
@@ -206,7 +208,9 @@ class Native:
         )
         if weight.padded > weight.features:
             output = output[:, : weight.features]
-        return output if added is residual else output + residual
+        if residual is not None and added is None:
+            output = residual + output
+        return output
 
     def decode_attention(
         self,
@@ -265,13 +269,13 @@ def open_native() -> Native:
 def _library() -> Path:
     """The compiled file, made if it is not there. Raises NativeError or OSError."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        raise NativeError(f"native.c is not written for {platform.machine()}")
+        raise NativeError(f"our kernels are not written for {platform.machine()}")
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if shutil.which(compiler[0]) is None:
         raise NativeError(f"there is no C compiler ({compiler[0]})")
     openmp = _openmp()
     made_from = [
-        _SOURCE.read_bytes(),
+        *[path.read_bytes() for path in (_HEADER, *_SOURCES)],
         " ".join([*compiler, *_COMPILE, openmp]).encode(),
         _run([*compiler, "--version"]),
         _processor(),
@@ -282,10 +286,12 @@ def _library() -> Path:
     if not library.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as making:
-            made, compiled = Path(making) / library.name, str(Path(making) / "native.o")
-            _run([*compiler, *_COMPILE, "-c", str(_SOURCE), "-o", compiled])
+            made = Path(making) / library.name
+            objects = [str(Path(making) / f"{source.stem}.o") for source in _SOURCES]
+            for source, compiled in zip(_SOURCES, objects, strict=True):
+                _run([*compiler, *_COMPILE, "-c", str(source), "-o", compiled])
             # without -fopenmp, which would link a second OpenMP, with threads of its own
-            _run([*compiler, "-shared", compiled, openmp, "-lm", "-o", str(made)])
+            _run([*compiler, "-shared", *objects, openmp, "-lm", "-o", str(made)])
             made.replace(library)
     return library
 

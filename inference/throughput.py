@@ -127,8 +127,10 @@ def _source() -> str:
         "attention.py",
         "kernels.py",
         "linear.py",
-        "native.c",
         "native.py",
+        "native_attention.c",
+        "native_product.c",
+        "native_vectors.h",
         "throughput.py",
     ):
         digest.update((folder / name).read_bytes())

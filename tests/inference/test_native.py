@@ -1,4 +1,4 @@
-"""native.c against torch, and what happens where it cannot be compiled."""
+"""Our kernels against torch, and what happens where they cannot be compiled."""
 
 import math
 import stat
@@ -21,7 +21,7 @@ HALVES = (torch.float16, torch.bfloat16)
 def library() -> Native:
     found = native()
     if found is None:
-        pytest.skip("native.c cannot be had on this machine")
+        pytest.skip("our kernels cannot be had on this machine")
     return found
 
 
@@ -201,6 +201,9 @@ def test_what_does_not_fit_is_refused(library: Native) -> None:
     packed = library.pack(torch.ones(32, 16).half())
     with pytest.raises(ValueError, match="by a matrix of 16"):
         library.multiply(torch.ones(1, 17), packed, None)
+    for residual in (torch.ones(2, 32), torch.ones(1, 31), torch.ones(1, 32).half()):
+        with pytest.raises(ValueError, match="is no residual"):
+            library.multiply(torch.ones(1, 16), packed, None, residual=residual)
     with pytest.raises(TypeError, match="float64"):
         library.pack(torch.ones(32, 16).double())
 

@@ -20,7 +20,7 @@ FEATURES = 32 * 64
 def library() -> Native:
     found = native()
     if found is None:
-        pytest.skip("native.c cannot be had on this machine")
+        pytest.skip("our kernels cannot be had on this machine")
     return found
 
 

@@ -1,0 +1,221 @@
+/* Attention of single rows, each to what its lane has cached.
+
+   Libraries have it for one lane at a time, and lose their time between many small calls.
+
+   Keys and values lie [heads, capacity, head_dim], as cache.py keeps them: what a head has cached is
+   read in the order it lies in. Softmax in one pass over scores that stay in the first-level cache,
+   a block of tokens at a time, with the running maximum and sum of Milakov and Gimelshein, "Online
+   normalizer calculation for softmax" (arXiv 1805.02867). */
+
+#include <math.h>
+#include <omp.h>
+
+#include "native_vectors.h"
+
+#define TOKENS 1024 /* scores of a block; a multiple of LANES */
+
+INLINE float to_float(const void *p, ptrdiff_t i, enum dtype dtype) {
+    switch (dtype) {
+    case FLOAT16: return _cvtsh_ss(((const uint16_t *)p)[i]);
+    case BFLOAT16: {
+        union { uint32_t bits; float value; } wide = {(uint32_t)((const uint16_t *)p)[i] << 16};
+        return wide.value;
+    }
+    default: return ((const float *)p)[i];
+    }
+}
+
+INLINE void from_float(void *p, ptrdiff_t i, float value, enum dtype dtype) {
+    switch (dtype) {
+    case FLOAT16: ((uint16_t *)p)[i] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); break;
+    case BFLOAT16: {
+        union { float value; uint32_t bits; } wide = {value};
+        uint32_t even = (wide.bits >> 16) & 1; /* not for NaN, which is refused elsewhere */
+        ((uint16_t *)p)[i] = (uint16_t)((wide.bits + 0x7fff + even) >> 16);
+        break;
+    }
+    default: ((float *)p)[i] = value;
+    }
+}
+
+#define STREAMS 8         /* places where a head's tokens are read at once: memory gives more to more */
+#define TOKENS_AHEAD 4096 /* bytes */
+#define CHUNK 8           /* vectors of a head's dimensions that registers hold at once */
+
+/* Some dimensions of the keys, or of the values, of `count` tokens. */
+struct walk {
+    const char *cached; /* the first token's */
+    ptrdiff_t count;
+    size_t row; /* bytes from one token to the next */
+};
+
+INLINE const char *at_token(const struct walk *walk, ptrdiff_t token, const int vectors,
+                            const enum dtype dtype) {
+    const char *cached = walk->cached + token * walk->row;
+    UNROLL for (size_t byte = 0; byte < vectors * LANES * width(dtype); byte += LINE)
+        _mm_prefetch(cached + TOKENS_AHEAD + byte, _MM_HINT_T0);
+    return cached;
+}
+
+/* `scores` [count] += `query` [vectors * LANES] times the keys. */
+INLINE void add_scores(const float *query, const struct walk *walk, float *scores,
+                       const int vectors, const enum dtype dtype) {
+    vec wanted[CHUNK];
+    UNROLL for (int v = 0; v < vectors; v++) wanted[v] = LOAD(query + v * LANES);
+#define SCORE(TOKEN)                                                                          \
+    do {                                                                                      \
+        const char *key = at_token(walk, TOKEN, vectors, dtype);                              \
+        vec even = SET(0.0f), odd = SET(0.0f);                                                \
+        UNROLL for (int v = 0; v < vectors; v++) {                                            \
+            const vec part = load(key + v * LANES * width(dtype), dtype);                     \
+            if (v % 2)                                                                        \
+                odd = FMA(wanted[v], part, odd);                                              \
+            else                                                                              \
+                even = FMA(wanted[v], part, even);                                            \
+        }                                                                                     \
+        scores[TOKEN] += SUM(ADD(even, odd));                                                 \
+    } while (0)
+    const ptrdiff_t part = walk->count / STREAMS;
+    for (ptrdiff_t t = 0; t < part; t++)
+        UNROLL for (int s = 0; s < STREAMS; s++) SCORE(s * part + t);
+    for (ptrdiff_t t = STREAMS * part; t < walk->count; t++) SCORE(t);
+}
+
+/* `out` [vectors * LANES] = `out` times `shrink` + `weights` [count] times the values. */
+INLINE void add_values(const float *weights, const struct walk *walk, float *out, float shrink,
+                       const int vectors, const enum dtype dtype) {
+    vec sums[CHUNK];
+    UNROLL for (int v = 0; v < vectors; v++) sums[v] = MUL(LOAD(out + v * LANES), SET(shrink));
+#define ADD_VALUE(TOKEN)                                                                      \
+    do {                                                                                      \
+        const char *value = at_token(walk, TOKEN, vectors, dtype);                            \
+        const vec weight = SET(weights[TOKEN]);                                               \
+        UNROLL for (int v = 0; v < vectors; v++)                                              \
+            sums[v] = FMA(weight, load(value + v * LANES * width(dtype), dtype), sums[v]);    \
+    } while (0)
+    const ptrdiff_t part = walk->count / STREAMS;
+    for (ptrdiff_t t = 0; t < part; t++)
+        UNROLL for (int s = 0; s < STREAMS; s++) ADD_VALUE(s * part + t);
+    for (ptrdiff_t t = STREAMS * part; t < walk->count; t++) ADD_VALUE(t);
+    UNROLL for (int v = 0; v < vectors; v++) STORE(out + v * LANES, sums[v]);
+}
+
+/* A head's dimensions from `d` on, in chunks of sizes that the compiler knows. */
+#define BY_CHUNKS(DO)                                                                         \
+    for (; d + CHUNK * LANES <= head_dim; d += CHUNK * LANES) DO(CHUNK);                      \
+    for (; d + 4 * LANES <= head_dim; d += 4 * LANES) DO(4);                                  \
+    for (; d + 2 * LANES <= head_dim; d += 2 * LANES) DO(2);                                  \
+    for (; d + LANES <= head_dim; d += LANES) DO(1);
+
+INLINE void all_scores(const float *query, const char *keys, float *scores, ptrdiff_t count,
+                       ptrdiff_t head_dim, const enum dtype dtype) {
+    const size_t bytes = width(dtype);
+    ptrdiff_t d = 0;
+#define SCORES(VECTORS)                                                                       \
+    add_scores(query + d, &(struct walk){keys + d * bytes, count, head_dim * bytes}, scores,  \
+               VECTORS, dtype)
+    BY_CHUNKS(SCORES)
+    for (; d < head_dim; d++)
+        for (ptrdiff_t t = 0; t < count; t++)
+            scores[t] = fmaf(query[d], to_float(keys, t * head_dim + d, dtype), scores[t]);
+}
+
+INLINE void all_values(const float *weights, const char *values, float *out, float shrink,
+                       ptrdiff_t count, ptrdiff_t head_dim, const enum dtype dtype) {
+    const size_t bytes = width(dtype);
+    ptrdiff_t d = 0;
+#define VALUES(VECTORS)                                                                       \
+    add_values(weights, &(struct walk){values + d * bytes, count, head_dim * bytes}, out + d, \
+               shrink, VECTORS, dtype)
+    BY_CHUNKS(VALUES)
+    for (; d < head_dim; d++) {
+        out[d] *= shrink;
+        for (ptrdiff_t t = 0; t < count; t++)
+            out[d] = fmaf(weights[t], to_float(values, t * head_dim + d, dtype), out[d]);
+    }
+}
+
+/* One row and one head: `out` [head_dim] from `query` [head_dim] over the tokens `first` to
+   `length` - 1. A `softcap` of 0 is none. */
+INLINE void attend(const float *query, const char *keys, const char *values, float *out,
+                   ptrdiff_t first, ptrdiff_t length, ptrdiff_t head_dim, float scale,
+                   float softcap, float slope, const enum dtype dtype) {
+    const size_t row = head_dim * width(dtype);
+    float scores[TOKENS], largest = -INFINITY, sum = 0.0f;
+    for (ptrdiff_t d = 0; d < head_dim; d++) out[d] = 0.0f;
+    for (ptrdiff_t from = first; from < length; from += TOKENS) {
+        const ptrdiff_t count = least(TOKENS, length - from);
+        const ptrdiff_t padded = (count + LANES - 1) / LANES * LANES;
+        ptrdiff_t t;
+        for (t = 0; t < count; t++) scores[t] = 0.0f;
+        all_scores(query, keys + from * row, scores, count, head_dim, dtype);
+        for (t = 0; t < count; t++) scores[t] *= scale;
+        if (softcap > 0.0f)
+            for (t = 0; t < count; t++) scores[t] = softcap * tanhf(scores[t] / softcap);
+        for (t = 0; t < count; t++) /* the bias of the newest token is 0 */
+            scores[t] += slope * (float)(from + t - (length - 1));
+        for (; t < padded; t++) scores[t] = -INFINITY;
+        vec most = SET(-INFINITY), total = SET(0.0f);
+        for (t = 0; t < padded; t += LANES) most = MAX(most, LOAD(scores + t));
+        const float before = largest;
+        largest = fmaxf(before, LARGEST(most));
+        const float shrink = expf(before - largest);
+        for (t = 0; t < padded; t += LANES) {
+            vec weight = exponential(ADD(LOAD(scores + t), SET(-largest)));
+            STORE(scores + t, weight);
+            total = ADD(total, weight);
+        }
+        sum = sum * shrink + SUM(total);
+        all_values(scores, values + from * row, out, shrink, count, head_dim, dtype);
+    }
+    for (ptrdiff_t d = 0; d < head_dim; d++) out[d] /= sum;
+}
+
+/* Where a row of [heads, rows, head_dim] is, counted in floats; its head_dim is contiguous. */
+struct strided {
+    const float *data;
+    ptrdiff_t head, row;
+};
+
+/* One row of a batch and what its lane has cached. */
+struct lane {
+    void *keys, *values; /* [cache_heads, capacity, head_dim] */
+    ptrdiff_t capacity, length, row; /* tokens before this one; which row of the batch it is */
+};
+
+/* Write each lane's new key and value behind what it has cached, and attend to all of it. `views`
+   are the queries [heads, rows, head_dim], the keys and the values [cache_heads, rows, head_dim];
+   `out` is [rows, heads, head_dim], of which only the lanes' rows are written. `slopes` [heads]
+   or NULL: ALiBi's. A row sees `window` tokens, itself among them, or all if that is 0. `dtype` is
+   the cache's. */
+void decode_attention(const struct strided views[3], float *out, const struct lane *lanes,
+                      ptrdiff_t count, ptrdiff_t heads, ptrdiff_t cache_heads, ptrdiff_t head_dim,
+                      ptrdiff_t window, float scale, float softcap, const float *slopes,
+                      int dtype) {
+    const struct strided query = views[0], key = views[1], value = views[2];
+    const ptrdiff_t group = heads / cache_heads;
+#pragma omp parallel for schedule(dynamic)
+    for (ptrdiff_t job = 0; job < count * cache_heads; job++) {
+        const struct lane *lane = lanes + job / cache_heads;
+        const ptrdiff_t of = job % cache_heads, offset = of * head_dim * lane->capacity;
+        const ptrdiff_t length = lane->length + 1, seen = window ? least(window, length) : length;
+        char *keys = (char *)lane->keys + offset * width(dtype);
+        char *values = (char *)lane->values + offset * width(dtype);
+        const float *new_key = key.data + of * key.head + lane->row * key.row;
+        const float *new_value = value.data + of * value.head + lane->row * value.row;
+        for (ptrdiff_t d = 0; d < head_dim; d++) {
+            from_float(keys, lane->length * head_dim + d, new_key[d], dtype);
+            from_float(values, lane->length * head_dim + d, new_value[d], dtype);
+        }
+#define ATTEND(DTYPE)                                                                         \
+    attend(query.data + h * query.head + lane->row * query.row, keys, values,                 \
+           out + (lane->row * heads + h) * head_dim, length - seen, length, head_dim, scale,  \
+           softcap, slopes ? slopes[h] : 0.0f, DTYPE)
+        for (ptrdiff_t h = of * group; h < (of + 1) * group; h++)
+            switch (dtype) { /* here, for the same reason as in any_tile */
+            case FLOAT16: ATTEND(FLOAT16); break;
+            case BFLOAT16: ATTEND(BFLOAT16); break;
+            default: ATTEND(FLOAT32);
+            }
+    }
+}

@@ -1,0 +1,311 @@
+/* Rows times a matrix of 32, 16, 8 or 4 bits.
+
+   What libraries have for it reaches two thirds of the memory's speed for one row, and a third for
+   sixteen.
+
+   Weights are packed in panels: PANEL output features, all inputs, feature by feature within one
+   input. Walking through a panel reads memory in order, and a vector holds neighbouring features,
+   so nothing has to be summed across a vector. Weights of less than 16 bits have scales, one for a
+   feature and a group of inputs: they scale the sum of the group. */
+
+#include <omp.h>
+#include <stdatomic.h>
+
+#include "native_vectors.h"
+
+/* The tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415): x times the logistic
+   function of 2 sqrt(2 / pi) (x + 0.044715 x^3). */
+INLINE vec gelu(vec x) {
+    const vec bent = FMA(MUL(x, x), SET(0.044715f), SET(1.0f));
+    const vec power = MUL(MUL(x, SET(-1.59576912160573f)), bent);
+    return DIV(x, ADD(SET(1.0f), exponential(MIN(power, SET(80.0f)))));
+}
+
+INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
+    return value < low ? low : least(value, high);
+}
+
+#define PANEL (2 * LANES)
+#define MOST_TOGETHER 8 /* panels that are walked through side by side */
+#define DEPTH 512 /* inputs at once: a panel's part of them is near when the next tile wants it */
+#define BLOCK_ROWS (8 * MAX_TILE)
+#define AHEAD 8192 /* bytes: two pages, so that addresses are looked up in time, too */
+
+ptrdiff_t panel_features(void) { return PANEL; }
+ptrdiff_t block_rows(void) { return BLOCK_ROWS; }
+
+/* NF4's, as in quantizing.py. */
+static const float LEVELS[16] = {
+    -1.0f,          -0.6961928009f, -0.5250730515f, -0.3949174881f, -0.2844413817f, -0.1847734302f,
+    -0.0910500362f, 0.0f,           0.0795802996f,  0.1609302014f,  0.2461123019f,  0.3379152417f,
+    0.4407098293f,  0.5626170039f,  0.7229568362f,  1.0f};
+
+/* Bytes of PANEL weights. Those of 4 bits lie two in a byte: feature i, and i + LANES above it. */
+INLINE ptrdiff_t panel_row(enum dtype dtype) {
+    switch (dtype) {
+    case NF4: return LANES;
+    case INT8: return PANEL;
+    default: return PANEL * (ptrdiff_t)width(dtype);
+    }
+}
+
+INLINE struct pair load_weights(const char *p, const enum dtype dtype) {
+    switch (dtype) {
+    case NF4: return from_nibbles((const uint8_t *)p, LEVELS);
+    case INT8: {
+        const int8_t *integers = (const int8_t *)p;
+        return (struct pair){from_int8(integers), from_int8(integers + LANES)};
+    }
+    default: return (struct pair){load(p, dtype), load(p + LANES * width(dtype), dtype)};
+    }
+}
+
+/* A part of the product: some rows by some panels, through `count` inputs. */
+struct part {
+    const char *weights;    /* of the first panel */
+    ptrdiff_t panel_size;   /* bytes from one panel to the next */
+    const float *scales;    /* [PANEL], of the first panel, or NULL */
+    ptrdiff_t panel_scales; /* from those of one panel to those of the next */
+    const float *rows;      /* [count][rows] */
+    ptrdiff_t count;
+    ptrdiff_t left;    /* inputs from here to the end of the panel */
+    const char *ahead; /* what the memory is asked for while these weights are read ... */
+    int spread;        /* ... and at which part of their speed: 1 / 2^spread */
+    float *out;        /* [rows, features] */
+    ptrdiff_t features;
+};
+
+/* `out` += `rows` times `weights`, times `scales` if there are any. */
+INLINE void tile(const struct part *part, const int rows, const int panels,
+                 const enum dtype dtype) {
+    const int scaled = dtype == INT8 || dtype == NF4;
+    const ptrdiff_t row_bytes = panel_row(dtype), panel_size = part->panel_size;
+    const ptrdiff_t count = part->count;
+    const char *weights = part->weights;
+    const float *x = part->rows;
+    vec sums[MOST_TOGETHER][2][MAX_TILE];
+    UNROLL for (int p = 0; p < panels; p++)
+        UNROLL for (int v = 0; v < 2; v++)
+            UNROLL for (int r = 0; r < rows; r++) {
+                const float *from = part->out + r * part->features + p * PANEL + v * LANES;
+                sums[p][v][r] = scaled ? SET(0.0f) : LOAD(from);
+            }
+    /* Behind the end of these panels, the next ones are read: those behind the last of these. */
+    const ptrdiff_t inside = between(0, part->left - AHEAD / row_bytes, count);
+    const ptrdiff_t ends[2] = {inside, count};
+    const char *ahead[2] = {part->ahead, part->ahead + (panels - 1) * panel_size};
+    ptrdiff_t i = 0;
+    for (int k = 0; k < 2; k++)
+        for (; i < ends[k]; i++)
+            UNROLL for (int p = 0; p < panels; p++) {
+                const ptrdiff_t from_first = p * panel_size, from_row = i * row_bytes;
+                const char *asked = ahead[k] + from_first + (from_row >> part->spread);
+                UNROLL for (ptrdiff_t line = 0; line < row_bytes; line += LINE)
+                    _mm_prefetch(asked + line, _MM_HINT_T0);
+                const struct pair pair = load_weights(weights + from_first + from_row, dtype);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const vec value = SET(x[i * rows + r]);
+                    sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
+                    sums[p][1][r] = FMA(pair.right, value, sums[p][1][r]);
+                }
+            }
+    UNROLL for (int p = 0; p < panels; p++)
+        UNROLL for (int v = 0; v < 2; v++)
+            UNROLL for (int r = 0; r < rows; r++) {
+                float *to = part->out + r * part->features + p * PANEL + v * LANES;
+                const float *scale = part->scales + p * part->panel_scales + v * LANES;
+                const vec sum = sums[p][v][r];
+                STORE(to, scaled ? FMA(sum, LOAD(scale), LOAD(to)) : sum);
+            }
+}
+
+/* Panels that are walked through together: enough sums to hide what an addition takes. */
+#define TOGETHER(rows) (4 * (rows) <= MAX_TILE ? 4 : 2 * (rows) <= MAX_TILE ? 2 : 1)
+
+/* One row of whole lines waits for memory, which gives more to more streams: MOST_TOGETHER of them
+   where the registers suffice and every thread has enough to do all the same. */
+INLINE int together_of(ptrdiff_t rows, ptrdiff_t panels, const enum dtype dtype) {
+    if (rows == 1 && MOST_TOGETHER <= MAX_TILE && panel_row(dtype) >= LINE &&
+        panels >= 4 * MOST_TOGETHER * omp_get_max_threads())
+        return MOST_TOGETHER;
+    return TOGETHER(least(rows, MAX_TILE));
+}
+
+#define CASE(ROWS)                                                                            \
+    case ROWS:                                                                                \
+        if (panels == 1)                                                                      \
+            tile(part, ROWS, 1, dtype);                                                       \
+        else                                                                                  \
+            tile(part, ROWS, TOGETHER(ROWS), dtype);                                          \
+        break;
+
+INLINE void tile_of(const struct part *part, int rows, int panels, const enum dtype dtype) {
+    if (panels == MOST_TOGETHER) {
+        tile(part, 1, MOST_TOGETHER, dtype);
+        return;
+    }
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if MAX_TILE > 6
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#endif
+    }
+}
+
+/* The compiler knows numbers and dtypes in `tile` only if they are told apart here: what a parallel
+   region takes from around it is a variable to it. */
+static void any_tile(const struct part *part, int rows, int panels, enum dtype dtype) {
+    switch (dtype) {
+    case NF4: tile_of(part, rows, panels, NF4); break;
+    case INT8: tile_of(part, rows, panels, INT8); break;
+    case FLOAT16: tile_of(part, rows, panels, FLOAT16); break;
+    case BFLOAT16: tile_of(part, rows, panels, BFLOAT16); break;
+    default: tile_of(part, rows, panels, FLOAT32);
+    }
+}
+
+/* What `multiply` is given, for a block of rows. */
+struct product {
+    const char *weights;
+    enum dtype dtype;
+    const float *scales, *bias, *residual;
+    ptrdiff_t group, features, inputs, residual_row;
+    int activated;
+    ptrdiff_t rows, tiles;
+    const float *ordered; /* [inputs][rows] of each tile */
+    float *out;           /* [rows, features] */
+};
+
+/* All rows by `some` panels. `sums` is room for that: the places in `out` may be far apart, and in
+   another processor's cache. */
+static void multiply_panels(const struct product *product, ptrdiff_t panel, int some, float *sums) {
+    const ptrdiff_t row_bytes = panel_row(product->dtype), inputs = product->inputs;
+    const ptrdiff_t rows = product->rows, tiles = product->tiles, wide = some * PANEL;
+    const ptrdiff_t group = product->group, groups = group ? (inputs + group - 1) / group : 0;
+    const char *weights = product->weights + panel * inputs * row_bytes;
+    const float *bias = product->bias;
+    /* The first tile waits for weights that the others then find in the cache. So that memory is
+       never idle, each of them asks for its part of the next DEPTH. */
+    const ptrdiff_t ahead = tiles < 2 ? AHEAD : DEPTH * row_bytes;
+    const int spread = tiles < 2 ? 0 : tiles < 4 ? 1 : tiles < 8 ? 2 : 3;
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t f = 0; f < wide; f++)
+            sums[r * wide + f] = bias ? bias[panel * PANEL + f] : 0.0f;
+    for (ptrdiff_t depth = 0; depth < inputs; depth += DEPTH)
+        for (ptrdiff_t t = 0; t < tiles; t++) {
+            const ptrdiff_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
+            const ptrdiff_t end = least(depth + DEPTH, inputs);
+            const ptrdiff_t asked = depth + ((end - depth) * (t & ((1 << spread) - 1)) >> spread);
+            for (ptrdiff_t from = depth, count; from < end; from += count) {
+                const ptrdiff_t scales = group ? panel * groups + from / group : 0;
+                count = group ? least(group - from % group, end - from) : end - from;
+                const struct part part = {
+                    .weights = weights + from * row_bytes,
+                    .panel_size = inputs * row_bytes,
+                    .scales = product->scales + scales * PANEL,
+                    .panel_scales = groups * PANEL,
+                    .rows = product->ordered + first * inputs + from * (last - first),
+                    .count = count,
+                    .left = inputs - from,
+                    .ahead = weights + ahead + (asked + ((from - depth) >> spread)) * row_bytes,
+                    .spread = spread,
+                    .out = sums + first * wide,
+                    .features = wide,
+                };
+                any_tile(&part, (int)(last - first), some, product->dtype);
+            }
+        }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t f = 0; f < wide; f += LANES) {
+            const ptrdiff_t feature = panel * PANEL + f;
+            vec value = LOAD(sums + r * wide + f);
+            if (product->activated) value = gelu(value);
+            if (product->residual)
+                value = ADD(LOAD(product->residual + r * product->residual_row + feature), value);
+            STORE(product->out + r * product->features + feature, value);
+        }
+}
+
+/* The panels from `next` to `end` - 1 are to be done by one thread, or by those that help it. */
+struct share {
+    _Alignas(LINE) _Atomic ptrdiff_t next;
+    ptrdiff_t end;
+};
+
+/* How many panels are to be done now, and the first of them; 0 when all are taken. */
+INLINE int take(struct share *share, int most, int fewer, ptrdiff_t *first) {
+    *first = atomic_load_explicit(&share->next, memory_order_relaxed);
+    for (;;) {
+        const ptrdiff_t left = share->end - *first;
+        const int some = left >= most ? most : left >= fewer ? fewer : left > 0;
+        if (some == 0 || atomic_compare_exchange_weak_explicit(&share->next, first, *first + some,
+                                                               memory_order_relaxed,
+                                                               memory_order_relaxed))
+            return some;
+    }
+}
+
+/* `out` [rows, features] = `x` [rows, inputs] times panels `w` in `dtype`, plus `bias` [features] or
+   NULL; if `activated`, GELU of that; plus `residual` or NULL, whose rows begin `residual_row` floats
+   apart. `scales` are [features / PANEL][inputs / group, made up][PANEL]; NULL without a `group`.
+   `packed` is room for the inputs of BLOCK_ROWS rows, or of all if those are fewer. */
+void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, const float *x,
+              const float *bias, int activated, const float *residual, ptrdiff_t residual_row,
+              float *out, float *packed, ptrdiff_t features, ptrdiff_t inputs, ptrdiff_t rows) {
+    const ptrdiff_t panels = features / PANEL;
+    const int threads = omp_get_max_threads();
+    for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
+        const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
+        const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
+        const int together = together_of(block, panels, dtype);
+        const int fewer = TOGETHER(least(block, MAX_TILE));
+        const struct product product = {
+            .weights = w,
+            .dtype = dtype,
+            .scales = scales,
+            .bias = bias,
+            .residual = residual ? residual + begun * residual_row : NULL,
+            .group = group,
+            .features = features,
+            .inputs = inputs,
+            .residual_row = residual_row,
+            .activated = activated,
+            .rows = block,
+            .tiles = tiles,
+            .ordered = block == 1 ? x + begun * inputs : packed,
+            .out = out + begun * features,
+        };
+        /* Each thread has its share of the panels, to one, as matrices come in pieces of few. Who is
+           done helps the others: processors that others use, too, are seldom equally fast. */
+        struct share shares[threads];
+        for (int t = 0; t < threads; t++) {
+            shares[t].end = (t + 1) * panels / threads;
+            atomic_init(&shares[t].next, t * panels / threads);
+        }
+#pragma omp parallel num_threads(threads)
+        {
+            /* Tile by tile and input by input: what a tile reads lies in the order of reading. */
+            if (block > 1) { /* else nobody waits for the others here */
+#pragma omp for schedule(static)
+                for (ptrdiff_t from = 0; from < inputs; from += 64)
+                    for (ptrdiff_t t = 0; t < tiles; t++) {
+                        const ptrdiff_t first = t * block / tiles, last = (t + 1) * block / tiles;
+                        float *to = packed + first * inputs;
+                        for (ptrdiff_t r = first; r < last; r++)
+                            for (ptrdiff_t i = from; i < least(from + 64, inputs); i++)
+                                to[i * (last - first) + r - first] = x[(begun + r) * inputs + i];
+                    }
+            }
+            _Alignas(LINE) float sums[BLOCK_ROWS * PANEL];
+            for (int helped = 0; helped < threads;) { /* itself first */
+                ptrdiff_t panel;
+                struct share *share = &shares[(omp_get_thread_num() + helped) % threads];
+                const int some = take(share, helped ? fewer : together, fewer, &panel);
+                if (some)
+                    multiply_panels(&product, panel, some, sums);
+                else
+                    helped++;
+            }
+        }
+    }
+}

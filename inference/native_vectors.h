@@ -1,0 +1,142 @@
+/* Vectors of float32 on x86 processors with AVX2 or AVX-512, and what fills them.
+
+   For native_product.c and native_attention.c, which native.py compiles for the processor at hand and
+   calls through C's own types: nothing there knows Python or torch. Rules of the three files: they
+   allocate nothing but small buffers on the stack, keep nothing between calls, and trust their
+   caller: native.py has checked shapes, dtypes and contiguity. Threads are OpenMP's, of the library
+   that torch has loaded already. A result does not depend on what else is in the batch, nor on the
+   number of threads. */
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define LINE 64 /* bytes of a cache line */
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#if defined(__AVX512F__)
+typedef __m512 vec;
+struct pair { vec left, right; };
+#define LANES 16
+#define MAX_TILE 14 /* rows: with two vectors of features each, what 32 registers hold */
+#define LOAD _mm512_loadu_ps
+#define STORE _mm512_storeu_ps
+#define SET _mm512_set1_ps
+#define FMA _mm512_fmadd_ps
+#define ADD _mm512_add_ps
+#define MUL _mm512_mul_ps
+#define MAX _mm512_max_ps
+#define MIN _mm512_min_ps
+#define DIV _mm512_div_ps
+#define ROUND(x) _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define ZERO_IF_LESS(v, a, b) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), v)
+#define SUM _mm512_reduce_add_ps
+#define LARGEST _mm512_reduce_max_ps
+INLINE vec from_half(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+INLINE vec from_brain(const uint16_t *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+INLINE vec from_int8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+/* What the lower halves of LANES bytes stand for in `levels`, and the upper ones. */
+INLINE struct pair from_nibbles(const uint8_t *p, const float *levels) {
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    const vec all = LOAD(levels); /* an index counts in its lowest four bits only */
+    return (struct pair){_mm512_permutexvar_ps(both, all),
+                         _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), all)};
+}
+INLINE vec power_of_two(vec whole) {
+    __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+}
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+typedef __m256 vec;
+struct pair { vec left, right; };
+#define LANES 8
+#define MAX_TILE 6 /* 16 registers */
+#define LOAD _mm256_loadu_ps
+#define STORE _mm256_storeu_ps
+#define SET _mm256_set1_ps
+#define FMA _mm256_fmadd_ps
+#define ADD _mm256_add_ps
+#define MUL _mm256_mul_ps
+#define MAX _mm256_max_ps
+#define MIN _mm256_min_ps
+#define DIV _mm256_div_ps
+#define ROUND(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define ZERO_IF_LESS(v, a, b) _mm256_and_ps(v, _mm256_cmp_ps(a, b, _CMP_GE_OQ))
+INLINE float SUM(vec v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+INLINE float LARGEST(vec v) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+INLINE vec from_half(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+INLINE vec from_brain(const uint16_t *p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE vec from_int8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+INLINE vec level(__m256i index, const float *levels) {
+    const vec low = _mm256_permutevar8x32_ps(LOAD(levels), index); /* by the lowest three bits */
+    const vec high = _mm256_permutevar8x32_ps(LOAD(levels + LANES), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+/* What the lower halves of LANES bytes stand for in `levels`, and the upper ones. */
+INLINE struct pair from_nibbles(const uint8_t *p, const float *levels) {
+    const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    return (struct pair){level(both, levels), level(_mm256_srli_epi32(both, 4), levels)};
+}
+INLINE vec power_of_two(vec whole) {
+    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+#else
+#error "neither AVX-512 nor AVX2 with FMA and F16C"
+#endif
+
+enum dtype { FLOAT32, FLOAT16, BFLOAT16, INT8, NF4 }; /* the last two of weights only */
+
+INLINE size_t width(enum dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+INLINE vec load(const void *p, enum dtype dtype) {
+    switch (dtype) {
+    case FLOAT16: return from_half(p);
+    case BFLOAT16: return from_brain(p);
+    default: return LOAD(p);
+    }
+}
+
+INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+/* e^x for x <= 80: x = n ln 2 + r, and a polynomial in r; the constants are Cephes' (expf). Less than
+   e^-60 of the largest weight is 0: no sum can see it, and the denormal numbers that such weights
+   end in cost a hundred times the time of others (with ALiBi, most of a long context is there). */
+INLINE vec exponential(vec x) {
+    const vec least = SET(-60.0f), seen = x;
+    x = MAX(x, least);
+    const vec n = ROUND(MUL(x, SET(1.44269504088896341f)));
+    vec r = FMA(n, SET(-0.693359375f), x);
+    r = FMA(n, SET(2.12194440e-4f), r);
+    vec y = SET(1.9875691500e-4f);
+    y = FMA(y, r, SET(1.3981999507e-3f));
+    y = FMA(y, r, SET(8.3334519073e-3f));
+    y = FMA(y, r, SET(4.1665795894e-2f));
+    y = FMA(y, r, SET(1.6666665459e-1f));
+    y = FMA(y, r, SET(5.0000001201e-1f));
+    y = FMA(MUL(r, r), y, ADD(r, SET(1.0f)));
+    return ZERO_IF_LESS(MUL(y, power_of_two(n)), seen, least);
+}
