@@ -130,10 +130,15 @@ class NativeKernel:
         raise NotImplementedError
 
     def __call__(
-        self, rows: torch.Tensor, *, gelu: bool = False, residual: torch.Tensor | None = None
+        self,
+        rows: torch.Tensor,
+        *,
+        gelu: bool = False,
+        residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``Kernel``, and ``Native.multiply`` for what can be done on the way."""
-        return self._multiply(rows, self.packed, self._bias, gelu=gelu, residual=residual)
+        return self._multiply(rows, self.packed, self._bias, gelu=gelu, residual=residual, out=out)
 
 
 class NativeFloat(NativeKernel):

@@ -26,6 +26,8 @@ class Linear(nn.Module):
         """``kernels`` are of consecutive output features."""
         super().__init__()
         self.kernels = tuple(kernels)
+        native = [kernel for kernel in kernels if isinstance(kernel, NativeKernel)]
+        self._native = native if len(native) == len(kernels) else []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``, in the dtype of ``x``."""
@@ -44,9 +46,16 @@ class Linear(nn.Module):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(len(rows), -1)
-        only = self.kernels[0] if len(self.kernels) == 1 else None
-        if isinstance(only, NativeKernel):
-            output = only(rows, gelu=gelu, residual=added)
+        if len(self._native) == 1:
+            output = self._native[0](rows, gelu=gelu, residual=added)
+        elif self._native:
+            output = rows.new_empty((len(rows), sum(k.packed.features for k in self._native)))
+            first = 0
+            for kernel in self._native:
+                own = slice(first, first + kernel.packed.features)
+                part = None if added is None else added[:, own]
+                kernel(rows, gelu=gelu, residual=part, out=output[:, own])
+                first = own.stop
         else:
             outputs = [kernel(rows) for kernel in self.kernels]
             output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

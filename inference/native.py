@@ -123,7 +123,7 @@ class Native:
         self._block_rows: int = library.block_rows()
         self._multiply = library.multiply
         self._multiply.argtypes = [_void, _int, _void, _size, _void, _void, _int, _void, _size]
-        self._multiply.argtypes += [_void, _void, _size, _size, _size]
+        self._multiply.argtypes += [_void, _size, _void, _size, _size, _size]
         self._multiply.restype = None
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int]
@@ -170,8 +170,9 @@ class Native:
         *,
         gelu: bool = False,
         residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``[rows, in]`` to ``[rows, out]``. ``bias`` is ``[weight.padded]``, contiguous.
+        """``[rows, in]`` to ``[rows, out]``, in ``out`` if it is given. ``bias`` is ``[weight.padded]``, contiguous.
 
         Weights are widened as they are read and all arithmetic is float32. With ``gelu``, GELU's tanh
         approximation of it; with a ``residual`` ``[rows, out]``, that added to it in the end.
@@ -180,7 +181,15 @@ class Native:
         if rows.dtype != torch.float32 or inputs != weight.inputs:
             raise ValueError(f"{rows.dtype} {tuple(rows.shape)} by a matrix of {weight.inputs}")
         rows = rows.contiguous()
-        output = rows.new_empty((count, weight.padded))
+        whole = weight.padded == weight.features
+        if out is not None and (
+            out.dtype != torch.float32 or out.shape != (count, weight.features)
+        ):
+            raise ValueError(f"{out.dtype} {tuple(out.shape)} has no room for it")
+        if out is not None and whole and out.stride(1) == 1:
+            output = out
+        else:
+            output = rows.new_empty((count, weight.padded))
         packed = None
         if count > 1:
             packed = rows.new_empty(min(count, self._block_rows) * inputs)
@@ -188,7 +197,7 @@ class Native:
         if residual is not None:
             if residual.dtype != torch.float32 or residual.shape != (count, weight.features):
                 raise ValueError(f"{residual.dtype} {tuple(residual.shape)} is no residual of it")
-            if weight.padded > weight.features or residual.stride(1) != 1:
+            if not whole or residual.stride(1) != 1:
                 added = None
         self._multiply(
             weight.data.data_ptr(),
@@ -201,16 +210,17 @@ class Native:
             None if added is None else added.data_ptr(),
             0 if added is None else added.stride(0),
             output.data_ptr(),
+            output.stride(0),
             None if packed is None else packed.data_ptr(),
             weight.padded,
             inputs,
             count,
         )
-        if weight.padded > weight.features:
+        if not whole:
             output = output[:, : weight.features]
         if residual is not None and added is None:
-            output = residual + output
-        return output
+            output += residual
+        return output if out is None or out is output else out.copy_(output)
 
     def decode_attention(
         self,

@@ -169,11 +169,11 @@ struct product {
     const char *weights;
     enum dtype dtype;
     const float *scales, *bias, *residual;
-    ptrdiff_t group, features, inputs, residual_row;
+    ptrdiff_t group, inputs, residual_row, out_row;
     int activated;
     ptrdiff_t rows, tiles;
     const float *ordered; /* [inputs][rows] of each tile */
-    float *out;           /* [rows, features] */
+    float *out;
 };
 
 /* All rows by `some` panels. `sums` is room for that: the places in `out` may be far apart, and in
@@ -222,7 +222,7 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
             if (product->activated) value = gelu(value);
             if (product->residual)
                 value = ADD(LOAD(product->residual + r * product->residual_row + feature), value);
-            STORE(product->out + r * product->features + feature, value);
+            STORE(product->out + r * product->out_row + feature, value);
         }
 }
 
@@ -246,12 +246,13 @@ INLINE int take(struct share *share, int most, int fewer, ptrdiff_t *first) {
 }
 
 /* `out` [rows, features] = `x` [rows, inputs] times panels `w` in `dtype`, plus `bias` [features] or
-   NULL; if `activated`, GELU of that; plus `residual` or NULL, whose rows begin `residual_row` floats
-   apart. `scales` are [features / PANEL][inputs / group, made up][PANEL]; NULL without a `group`.
+   NULL; if `activated`, GELU of that; plus `residual` or NULL. Rows of `residual` and of `out` begin
+   `residual_row` and `out_row` floats apart. `scales` are [features / PANEL][inputs / group, made up][PANEL]; NULL without a `group`.
    `packed` is room for the inputs of BLOCK_ROWS rows, or of all if those are fewer. */
 void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, const float *x,
               const float *bias, int activated, const float *residual, ptrdiff_t residual_row,
-              float *out, float *packed, ptrdiff_t features, ptrdiff_t inputs, ptrdiff_t rows) {
+              float *out, ptrdiff_t out_row, float *packed, ptrdiff_t features, ptrdiff_t inputs,
+              ptrdiff_t rows) {
     const ptrdiff_t panels = features / PANEL;
     const int threads = omp_get_max_threads();
     for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
@@ -266,14 +267,14 @@ void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, co
             .bias = bias,
             .residual = residual ? residual + begun * residual_row : NULL,
             .group = group,
-            .features = features,
             .inputs = inputs,
             .residual_row = residual_row,
+            .out_row = out_row,
             .activated = activated,
             .rows = block,
             .tiles = tiles,
             .ordered = block == 1 ? x + begun * inputs : packed,
-            .out = out + begun * features,
+            .out = out + begun * out_row,
         };
         /* Each thread has its share of the panels, to one, as matrices come in pieces of few. Who is
            done helps the others: processors that others use, too, are seldom equally fast. */

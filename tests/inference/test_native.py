@@ -58,6 +58,7 @@ def test_rows_times_a_matrix(
     gelu=st.booleans(),
     added=st.sampled_from([None, "contiguous", "rows apart", "columns apart"]),
     large=st.sampled_from([1.0, 30.0, 1e18]),
+    into=st.booleans(),
 )
 def test_what_is_done_with_a_product_on_the_way(
     library: Native,
@@ -68,6 +69,7 @@ def test_what_is_done_with_a_product_on_the_way(
     *,
     biased: bool,
     gelu: bool,
+    into: bool,
 ) -> None:
     weight = normal(features, 100) / 10
     packed = library.pack(weight)
@@ -80,7 +82,12 @@ def test_what_is_done_with_a_product_on_the_way(
             residual = F.pad(residual, (3, 4))[:, 3:-4]
         elif added == "columns apart":
             residual = residual.t().contiguous().t()
-    result = library.multiply(x, packed, bias, gelu=gelu, residual=residual)
+    wide = torch.full((rows, features + 5), 7.0)
+    out = wide[:, 2:-3] if into else None
+    result = library.multiply(x, packed, bias, gelu=gelu, residual=residual, out=out)
+    assert out is None or out is result
+    assert (wide[:, :2] == 7).all()
+    assert (wide[:, -3:] == 7).all()
     expected = library.multiply(x, packed, bias)
     if gelu:
         expected = F.gelu(expected, approximate="tanh")
@@ -204,6 +211,9 @@ def test_what_does_not_fit_is_refused(library: Native) -> None:
     for residual in (torch.ones(2, 32), torch.ones(1, 31), torch.ones(1, 32).half()):
         with pytest.raises(ValueError, match="is no residual"):
             library.multiply(torch.ones(1, 16), packed, None, residual=residual)
+    for room in (torch.ones(2, 32), torch.ones(1, 33), torch.ones(1, 32).half()):
+        with pytest.raises(ValueError, match="has no room"):
+            library.multiply(torch.ones(1, 16), packed, None, out=room)
     with pytest.raises(TypeError, match="float64"):
         library.pack(torch.ones(32, 16).double())
 
