@@ -41,15 +41,16 @@ def by_context(
     settings: Settings, report: Report, local: Local, size: ModelSize, label: str
 ) -> list[Curve]:
     """Our curve and the bound's. The aim is for the first context."""
-    session = local.open(settings.lengths[-1] + settings.tokens)
+    session = local.open(settings.lengths[-1] + settings.tokens * size.num_blocks)
     blocks = len(local.span)
+    steps = settings.tokens * (1 if size.whole else size.num_blocks)  # as much as of a whole model
     sixteen_bit = bits_a_weight(local.checkpoint, local.mode) < 17
     ours: dict[float, float] = {}
     bounds: dict[float, float] = {}
     for length in settings.lengths:
         session.fill(length)
         taken, speed = settings.bandwidth.beside(
-            {"ours": lambda: session.decode_blocks(settings.tokens)}, settings.rounds
+            {"ours": lambda: session.decode_blocks(steps)}, settings.rounds
         )
         ours[length] = taken["ours"] / blocks * 1e3
         bounds[length] = local.read_bytes_a_token(length) / blocks / speed * 1e3
