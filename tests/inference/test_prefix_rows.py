@@ -33,7 +33,7 @@ class World:
     def write(self, position: int, rows: int, *, shift: int = 0) -> None:
         numbers = torch.arange(position + shift, position + rows + shift, dtype=torch.float32)
         for block in range(4):
-            keys = (numbers + 1000 * block).expand(2, 3, rows)
+            keys = (numbers[:, None] + 1000 * block).expand(2, rows, 3)
             self.cache.lanes[0].append(block, keys, -keys)
 
     @torch.inference_mode()
@@ -42,9 +42,9 @@ class World:
         columns = []
         (lane,) = self.cache.lanes
         for block in range(4):
-            keys, values = lane.append(block, torch.empty(2, 3, 0), torch.empty(2, 3, 0))
-            assert torch.equal(keys, -values) and (keys == keys[:1, :1]).all()
-            columns.append(keys[0, 0].tolist())
+            keys, values = lane.append(block, torch.empty(2, 0, 3), torch.empty(2, 0, 3))
+            assert torch.equal(keys, -values) and (keys == keys[:1, :, :1]).all()
+            columns.append(keys[0, :, 0].tolist())
         return columns
 
 

@@ -274,4 +274,5 @@ async def test_who_asks_nonsense_is_hung_up_on_and_fills_no_log(
             await stream.write(nonsense)
             with pytest.raises(MuxedStreamError), trio.fail_after(DEADLINE):
                 await stream.read(1)
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+        # while both are there: who leaves may cut off what the other one was just reading
+        assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

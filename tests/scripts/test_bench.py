@@ -92,7 +92,7 @@ def test_a_quick_run_writes_rows_and_pictures(
         row for row in rows if "exact texts" in row["name"] or "token is the first" in row["name"]
     ]
     assert all(row["ratio"] == 1.0 for row in exact)
-    assert len(exact) == (2 if subcommand == "engine" else 0)
+    assert len(exact) == (3 if subcommand == "engine" else 0)
     drawn = {path.name for path in pictures.glob("*.png")}
     expected = {"latency_by_context.png", "throughput_by_sessions.png", "large_block.png"}
     assert drawn == (expected if subcommand == "engine" else set())
