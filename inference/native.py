@@ -172,10 +172,11 @@ class Native:
         residual: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``[rows, in]`` to ``[rows, out]``, in ``out`` if it is given. ``bias`` is ``[weight.padded]``, contiguous.
+        """``[rows, in]`` to ``[rows, out]``, in ``out`` if it is given.
 
-        Weights are widened as they are read and all arithmetic is float32. With ``gelu``, GELU's tanh
-        approximation of it; with a ``residual`` ``[rows, out]``, that added to it in the end.
+        ``bias`` is ``[weight.padded]``, contiguous. Weights are widened as they are read and all arithmetic is float32. With ``gelu``, GELU's tanh
+        approximation of it; with a ``residual`` ``[rows, out]``, that added to it in the end. Raises
+        ValueError for what does not fit, or is not float32.
         """
         count, inputs = rows.shape
         if rows.dtype != torch.float32 or inputs != weight.inputs:

@@ -247,8 +247,9 @@ INLINE int take(struct share *share, int most, int fewer, ptrdiff_t *first) {
 
 /* `out` [rows, features] = `x` [rows, inputs] times panels `w` in `dtype`, plus `bias` [features] or
    NULL; if `activated`, GELU of that; plus `residual` or NULL. Rows of `residual` and of `out` begin
-   `residual_row` and `out_row` floats apart. `scales` are [features / PANEL][inputs / group, made up][PANEL]; NULL without a `group`.
-   `packed` is room for the inputs of BLOCK_ROWS rows, or of all if those are fewer. */
+   `residual_row` and `out_row` floats apart. `scales` are [features / PANEL][inputs / group, made
+   up][PANEL]; NULL without a `group`. `packed` is room for the inputs of BLOCK_ROWS rows, or of all
+   if those are fewer. */
 void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, const float *x,
               const float *bias, int activated, const float *residual, ptrdiff_t residual_row,
               float *out, ptrdiff_t out_row, float *packed, ptrdiff_t features, ptrdiff_t inputs,
