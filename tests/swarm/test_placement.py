@@ -32,6 +32,8 @@ HASTE = 3.0
 """Clocks go so much faster than those of a person's nodes, and computing does not."""
 WHOLE = 90.0 / HASTE
 """Seconds in which the blocks of nodes that died are served again."""
+PATIENCE = 3 * WHOLE
+"""Seconds that a text waits for them: whoever serves them again has yet to be heard of, and found."""
 LONG = SamplingParams(max_new_tokens=400)
 PROMPTS = ("And it came to pass", "The king")
 
@@ -68,7 +70,7 @@ async def test_nodes_find_their_places_and_those_of_the_dead(
     with swarm(tmp_path, haste=HASTE) as processes:
         for blocks, throughput in CAPACITIES:
             await trio.to_thread.run_sync(join, processes, model, blocks, throughput)
-        async with originating(processes, model.name, patience=WHOLE) as asker:
+        async with originating(processes, model.name, patience=PATIENCE) as asker:
             await balanced(asker, processes)
             handles = [await asker.submit(prompt, LONG) for prompt in PROMPTS]
             for handle in handles:
