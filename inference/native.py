@@ -174,9 +174,10 @@ class Native:
     ) -> torch.Tensor:
         """``[rows, in]`` to ``[rows, out]``, in ``out`` if it is given.
 
-        ``bias`` is ``[weight.padded]``, contiguous. Weights are widened as they are read and all arithmetic is float32. With ``gelu``, GELU's tanh
-        approximation of it; with a ``residual`` ``[rows, out]``, that added to it in the end. Raises
-        ValueError for what does not fit, or is not float32.
+        ``bias`` is ``[weight.padded]``, contiguous. Weights are widened as they are read, and all
+        arithmetic is float32. With ``gelu``, GELU's tanh approximation of it; with a ``residual``
+        ``[rows, out]``, that added to it in the end. Raises ValueError for what does not fit, or
+        is not float32.
         """
         count, inputs = rows.shape
         if rows.dtype != torch.float32 or inputs != weight.inputs:

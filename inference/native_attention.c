@@ -45,17 +45,34 @@ INLINE void from_float(void *p, ptrdiff_t i, float value, enum dtype dtype) {
 /* Some dimensions of the keys, or of the values, of `count` tokens. */
 struct walk {
     const char *cached; /* the first token's */
+    const char *next;   /* where as many tokens are that are read next */
     ptrdiff_t count;
     size_t row; /* bytes from one token to the next */
 };
 
-INLINE const char *at_token(const struct walk *walk, ptrdiff_t token, const int vectors,
-                            const enum dtype dtype) {
-    const char *cached = walk->cached + token * walk->row;
+INLINE void ask(const char *memory, const int vectors, const enum dtype dtype) {
     UNROLL for (size_t byte = 0; byte < vectors * LANES * width(dtype); byte += LINE)
-        _mm_prefetch(cached + TOKENS_AHEAD + byte, _MM_HINT_T0);
-    return cached;
+        _mm_prefetch(memory + byte, _MM_HINT_T0);
 }
+
+/* DO every token, in STREAMS places at once, and ask the memory for those behind it in its stream; at
+   the end of each, for those at the beginning of the next one, that it be there, too. */
+#define WALK(DO)                                                                              \
+    const char *cached = walk->cached;                                                        \
+    const ptrdiff_t part = walk->count / STREAMS;                                             \
+    const ptrdiff_t last = part - least(part, TOKENS_AHEAD / walk->row);                      \
+    ptrdiff_t t = 0;                                                                          \
+    for (; t < last; t++)                                                                     \
+        UNROLL for (int s = 0; s < STREAMS; s++) {                                            \
+            ask(cached + (s * part + t) * walk->row + TOKENS_AHEAD, vectors, dtype);          \
+            DO(s * part + t);                                                                 \
+        }                                                                                     \
+    for (; t < part; t++)                                                                     \
+        UNROLL for (int s = 0; s < STREAMS; s++) {                                            \
+            ask(walk->next + (s * part + t - last) * walk->row, vectors, dtype);              \
+            DO(s * part + t);                                                                 \
+        }                                                                                     \
+    for (t = STREAMS * part; t < walk->count; t++) DO(t);
 
 /* `scores` [count] += `query` [vectors * LANES] times the keys. */
 INLINE void add_scores(const float *query, const struct walk *walk, float *scores,
@@ -64,7 +81,7 @@ INLINE void add_scores(const float *query, const struct walk *walk, float *score
     UNROLL for (int v = 0; v < vectors; v++) wanted[v] = LOAD(query + v * LANES);
 #define SCORE(TOKEN)                                                                          \
     do {                                                                                      \
-        const char *key = at_token(walk, TOKEN, vectors, dtype);                              \
+        const char *key = cached + (TOKEN) * walk->row;                                       \
         vec even = SET(0.0f), odd = SET(0.0f);                                                \
         UNROLL for (int v = 0; v < vectors; v++) {                                            \
             const vec part = load(key + v * LANES * width(dtype), dtype);                     \
@@ -75,10 +92,7 @@ INLINE void add_scores(const float *query, const struct walk *walk, float *score
         }                                                                                     \
         scores[TOKEN] += SUM(ADD(even, odd));                                                 \
     } while (0)
-    const ptrdiff_t part = walk->count / STREAMS;
-    for (ptrdiff_t t = 0; t < part; t++)
-        UNROLL for (int s = 0; s < STREAMS; s++) SCORE(s * part + t);
-    for (ptrdiff_t t = STREAMS * part; t < walk->count; t++) SCORE(t);
+    WALK(SCORE)
 }
 
 /* `out` [vectors * LANES] = `out` times `shrink` + `weights` [count] times the values. */
@@ -88,15 +102,12 @@ INLINE void add_values(const float *weights, const struct walk *walk, float *out
     UNROLL for (int v = 0; v < vectors; v++) sums[v] = MUL(LOAD(out + v * LANES), SET(shrink));
 #define ADD_VALUE(TOKEN)                                                                      \
     do {                                                                                      \
-        const char *value = at_token(walk, TOKEN, vectors, dtype);                            \
+        const char *value = cached + (TOKEN) * walk->row;                                     \
         const vec weight = SET(weights[TOKEN]);                                               \
         UNROLL for (int v = 0; v < vectors; v++)                                              \
             sums[v] = FMA(weight, load(value + v * LANES * width(dtype), dtype), sums[v]);    \
     } while (0)
-    const ptrdiff_t part = walk->count / STREAMS;
-    for (ptrdiff_t t = 0; t < part; t++)
-        UNROLL for (int s = 0; s < STREAMS; s++) ADD_VALUE(s * part + t);
-    for (ptrdiff_t t = STREAMS * part; t < walk->count; t++) ADD_VALUE(t);
+    WALK(ADD_VALUE)
     UNROLL for (int v = 0; v < vectors; v++) STORE(out + v * LANES, sums[v]);
 }
 
@@ -107,26 +118,29 @@ INLINE void add_values(const float *weights, const struct walk *walk, float *out
     for (; d + 2 * LANES <= head_dim; d += 2 * LANES) DO(2);                                  \
     for (; d + LANES <= head_dim; d += LANES) DO(1);
 
-INLINE void all_scores(const float *query, const char *keys, float *scores, ptrdiff_t count,
-                       ptrdiff_t head_dim, const enum dtype dtype) {
+INLINE void all_scores(const float *query, const char *keys, const char *next, float *scores,
+                       ptrdiff_t count, ptrdiff_t head_dim, const enum dtype dtype) {
     const size_t bytes = width(dtype);
     ptrdiff_t d = 0;
 #define SCORES(VECTORS)                                                                       \
-    add_scores(query + d, &(struct walk){keys + d * bytes, count, head_dim * bytes}, scores,  \
-               VECTORS, dtype)
+    add_scores(query + d,                                                                     \
+               &(struct walk){keys + d * bytes, next + d * bytes, count, head_dim * bytes},   \
+               scores, VECTORS, dtype)
     BY_CHUNKS(SCORES)
     for (; d < head_dim; d++)
         for (ptrdiff_t t = 0; t < count; t++)
             scores[t] = fmaf(query[d], to_float(keys, t * head_dim + d, dtype), scores[t]);
 }
 
-INLINE void all_values(const float *weights, const char *values, float *out, float shrink,
-                       ptrdiff_t count, ptrdiff_t head_dim, const enum dtype dtype) {
+INLINE void all_values(const float *weights, const char *values, const char *next, float *out,
+                       float shrink, ptrdiff_t count, ptrdiff_t head_dim,
+                       const enum dtype dtype) {
     const size_t bytes = width(dtype);
     ptrdiff_t d = 0;
 #define VALUES(VECTORS)                                                                       \
-    add_values(weights, &(struct walk){values + d * bytes, count, head_dim * bytes}, out + d, \
-               shrink, VECTORS, dtype)
+    add_values(weights,                                                                       \
+               &(struct walk){values + d * bytes, next + d * bytes, count, head_dim * bytes}, \
+               out + d, shrink, VECTORS, dtype)
     BY_CHUNKS(VALUES)
     for (; d < head_dim; d++) {
         out[d] *= shrink;
@@ -136,10 +150,10 @@ INLINE void all_values(const float *weights, const char *values, float *out, flo
 }
 
 /* One row and one head: `out` [head_dim] from `query` [head_dim] over the tokens `first` to
-   `length` - 1. A `softcap` of 0 is none. */
-INLINE void attend(const float *query, const char *keys, const char *values, float *out,
-                   ptrdiff_t first, ptrdiff_t length, ptrdiff_t head_dim, float scale,
-                   float softcap, float slope, const enum dtype dtype) {
+   `length` - 1. A `softcap` of 0 is none. `next` is where the keys are that are read next. */
+INLINE void attend(const float *query, const char *keys, const char *values, const char *next,
+                   float *out, ptrdiff_t first, ptrdiff_t length, ptrdiff_t head_dim,
+                   float scale, float softcap, float slope, const enum dtype dtype) {
     const size_t row = head_dim * width(dtype);
     float scores[TOKENS], largest = -INFINITY, sum = 0.0f;
     for (ptrdiff_t d = 0; d < head_dim; d++) out[d] = 0.0f;
@@ -148,7 +162,8 @@ INLINE void attend(const float *query, const char *keys, const char *values, flo
         const ptrdiff_t padded = (count + LANES - 1) / LANES * LANES;
         ptrdiff_t t;
         for (t = 0; t < count; t++) scores[t] = 0.0f;
-        all_scores(query, keys + from * row, scores, count, head_dim, dtype);
+        const char *some = values + from * row;
+        all_scores(query, keys + from * row, some, scores, count, head_dim, dtype);
         for (t = 0; t < count; t++) scores[t] *= scale;
         if (softcap > 0.0f)
             for (t = 0; t < count; t++) scores[t] = softcap * tanhf(scores[t] / softcap);
@@ -166,7 +181,8 @@ INLINE void attend(const float *query, const char *keys, const char *values, flo
             total = ADD(total, weight);
         }
         sum = sum * shrink + SUM(total);
-        all_values(scores, values + from * row, out, shrink, count, head_dim, dtype);
+        const char *then = from + count < length ? keys + (from + count) * row : next;
+        all_values(scores, some, then, out, shrink, count, head_dim, dtype);
     }
     for (ptrdiff_t d = 0; d < head_dim; d++) out[d] /= sum;
 }
@@ -193,12 +209,15 @@ void decode_attention(const struct strided views[3], float *out, const struct la
                       ptrdiff_t window, float scale, float softcap, const float *slopes,
                       int dtype) {
     const struct strided query = views[0], key = views[1], value = views[2];
-    const ptrdiff_t group = heads / cache_heads;
-#pragma omp parallel for schedule(dynamic)
-    for (ptrdiff_t job = 0; job < count * cache_heads; job++) {
+    const ptrdiff_t group = heads / cache_heads, jobs = count * cache_heads;
+    const ptrdiff_t share = jobs / (4 * omp_get_max_threads());
+    const ptrdiff_t chunk = share < 1 ? 1 : least(share, 4); /* heads that lie behind one another */
+#pragma omp parallel for schedule(dynamic, chunk)
+    for (ptrdiff_t job = 0; job < jobs; job++) {
         const struct lane *lane = lanes + job / cache_heads;
         const ptrdiff_t of = job % cache_heads, offset = of * head_dim * lane->capacity;
         const ptrdiff_t length = lane->length + 1, seen = window ? least(window, length) : length;
+        const ptrdiff_t next = (lane->capacity + length - seen) * head_dim * width(dtype);
         char *keys = (char *)lane->keys + offset * width(dtype);
         char *values = (char *)lane->values + offset * width(dtype);
         const float *new_key = key.data + of * key.head + lane->row * key.row;
@@ -208,7 +227,7 @@ void decode_attention(const struct strided views[3], float *out, const struct la
             from_float(values, lane->length * head_dim + d, new_value[d], dtype);
         }
 #define ATTEND(DTYPE)                                                                         \
-    attend(query.data + h * query.head + lane->row * query.row, keys, values,                 \
+    attend(query.data + h * query.head + lane->row * query.row, keys, values, keys + next,    \
            out + (lane->row * heads + h) * head_dim, length - seen, length, head_dim, scale,  \
            softcap, slopes ? slopes[h] : 0.0f, DTYPE)
         for (ptrdiff_t h = of * group; h < (of + 1) * group; h++)

@@ -27,7 +27,7 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
 
 #define PANEL (2 * LANES)
 #define MOST_TOGETHER 8 /* panels that are walked through side by side */
-#define DEPTH 512 /* inputs at once: a panel's part of them is near when the next tile wants it */
+#define DEPTH 256 /* inputs at once: a panel's part of them is near when the next tile wants it */
 #define BLOCK_ROWS (8 * MAX_TILE)
 #define AHEAD 8192 /* bytes: two pages, so that addresses are looked up in time, too */
 
@@ -92,19 +92,17 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
             }
     /* Behind the end of these panels, the next ones are read: those behind the last of these. */
     const ptrdiff_t inside = between(0, part->left - AHEAD / row_bytes, count);
-    const ptrdiff_t ends[2] = {inside, count};
-    const char *ahead[2] = {part->ahead, part->ahead + (panels - 1) * panel_size};
+    const ptrdiff_t ends[2] = {inside, count}, asked_row = row_bytes >> part->spread;
+    const char *asked = part->ahead;
     ptrdiff_t i = 0;
-    for (int k = 0; k < 2; k++)
-        for (; i < ends[k]; i++)
+    for (int k = 0; k < 2; k++, asked += (panels - 1) * panel_size)
+        for (; i < ends[k]; i++, weights += row_bytes, asked += asked_row, x += rows)
             UNROLL for (int p = 0; p < panels; p++) {
-                const ptrdiff_t from_first = p * panel_size, from_row = i * row_bytes;
-                const char *asked = ahead[k] + from_first + (from_row >> part->spread);
                 UNROLL for (ptrdiff_t line = 0; line < row_bytes; line += LINE)
-                    _mm_prefetch(asked + line, _MM_HINT_T0);
-                const struct pair pair = load_weights(weights + from_first + from_row, dtype);
+                    _mm_prefetch(asked + p * panel_size + line, _MM_HINT_T0);
+                const struct pair pair = load_weights(weights + p * panel_size, dtype);
                 UNROLL for (int r = 0; r < rows; r++) {
-                    const vec value = SET(x[i * rows + r]);
+                    const vec value = SET(x[r]);
                     sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
                     sums[p][1][r] = FMA(pair.right, value, sums[p][1][r]);
                 }

@@ -2,8 +2,8 @@
 
 The forward pass is transformers' ``BloomBlock``, with two things changed: attention is ragged, and
 activation (the tanh approximation of GELU, the same function as ``BloomGelu``) and residuals are left
-to the linear modules, which have their results at hand. Tensor-parallel slices (``pretraining_tp`` with ``slow_but_exact``) are summed
-in one matrix product, which is what they mean.
+to the linear modules, which have their results at hand. Tensor-parallel slices (``pretraining_tp``
+with ``slow_but_exact``) are summed in one matrix product, which is what they mean.
 """
 
 from typing import Any
