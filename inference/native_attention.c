@@ -45,8 +45,9 @@ INLINE void from_float(void *p, ptrdiff_t i, float value, enum dtype dtype) {
 /* Some dimensions of the keys, or of the values, of `count` tokens. */
 struct walk {
     const char *cached; /* the first token's */
-    const char *next;   /* where as many tokens are that are read next */
     ptrdiff_t count;
+    const char *next; /* those that are read after them */
+    ptrdiff_t next_count;
     size_t row; /* bytes from one token to the next */
 };
 
@@ -59,7 +60,7 @@ INLINE void ask(const char *memory, const int vectors, const enum dtype dtype) {
    the end of each, for those at the beginning of the next one, that it be there, too. */
 #define WALK(DO)                                                                              \
     const char *cached = walk->cached;                                                        \
-    const ptrdiff_t part = walk->count / STREAMS;                                             \
+    const ptrdiff_t part = walk->count / STREAMS, next_part = walk->next_count / STREAMS;     \
     const ptrdiff_t last = part - least(part, TOKENS_AHEAD / walk->row);                      \
     ptrdiff_t t = 0;                                                                          \
     for (; t < last; t++)                                                                     \
@@ -69,7 +70,7 @@ INLINE void ask(const char *memory, const int vectors, const enum dtype dtype) {
         }                                                                                     \
     for (; t < part; t++)                                                                     \
         UNROLL for (int s = 0; s < STREAMS; s++) {                                            \
-            ask(walk->next + (s * part + t - last) * walk->row, vectors, dtype);              \
+            ask(walk->next + (s * next_part + t - last) * walk->row, vectors, dtype);         \
             DO(s * part + t);                                                                 \
         }                                                                                     \
     for (t = STREAMS * part; t < walk->count; t++) DO(t);
@@ -118,52 +119,65 @@ INLINE void add_values(const float *weights, const struct walk *walk, float *out
     for (; d + 2 * LANES <= head_dim; d += 2 * LANES) DO(2);                                  \
     for (; d + LANES <= head_dim; d += LANES) DO(1);
 
-INLINE void all_scores(const float *query, const char *keys, const char *next, float *scores,
-                       ptrdiff_t count, ptrdiff_t head_dim, const enum dtype dtype) {
-    const size_t bytes = width(dtype);
+#define SOME_DIMENSIONS(WALK)                                                                 \
+    &(struct walk){(WALK)->cached + d * width(dtype), (WALK)->count,                          \
+                   (WALK)->next + d * width(dtype), (WALK)->next_count, (WALK)->row}
+
+INLINE void all_scores(const float *query, const struct walk *keys, float *scores,
+                       ptrdiff_t head_dim, const enum dtype dtype) {
     ptrdiff_t d = 0;
-#define SCORES(VECTORS)                                                                       \
-    add_scores(query + d,                                                                     \
-               &(struct walk){keys + d * bytes, next + d * bytes, count, head_dim * bytes},   \
-               scores, VECTORS, dtype)
+#define SCORES(VECTORS) add_scores(query + d, SOME_DIMENSIONS(keys), scores, VECTORS, dtype)
     BY_CHUNKS(SCORES)
     for (; d < head_dim; d++)
-        for (ptrdiff_t t = 0; t < count; t++)
-            scores[t] = fmaf(query[d], to_float(keys, t * head_dim + d, dtype), scores[t]);
+        for (ptrdiff_t t = 0; t < keys->count; t++) {
+            const float key = to_float(keys->cached, t * head_dim + d, dtype);
+            scores[t] = fmaf(query[d], key, scores[t]);
+        }
 }
 
-INLINE void all_values(const float *weights, const char *values, const char *next, float *out,
-                       float shrink, ptrdiff_t count, ptrdiff_t head_dim,
-                       const enum dtype dtype) {
-    const size_t bytes = width(dtype);
+INLINE void all_values(const float *weights, const struct walk *values, float *out, float shrink,
+                       ptrdiff_t head_dim, const enum dtype dtype) {
     ptrdiff_t d = 0;
 #define VALUES(VECTORS)                                                                       \
-    add_values(weights,                                                                       \
-               &(struct walk){values + d * bytes, next + d * bytes, count, head_dim * bytes}, \
-               out + d, shrink, VECTORS, dtype)
+    add_values(weights, SOME_DIMENSIONS(values), out + d, shrink, VECTORS, dtype)
     BY_CHUNKS(VALUES)
     for (; d < head_dim; d++) {
         out[d] *= shrink;
-        for (ptrdiff_t t = 0; t < count; t++)
-            out[d] = fmaf(weights[t], to_float(values, t * head_dim + d, dtype), out[d]);
+        for (ptrdiff_t t = 0; t < values->count; t++)
+            out[d] = fmaf(weights[t], to_float(values->cached, t * head_dim + d, dtype), out[d]);
     }
 }
 
+/* Tokens so far away are seldom heard, given what their distance takes from a score: what is less than
+   e^-60 of the largest weight is 0 (see `exponential`), and the products of two vectors differ by less
+   than the distance does. */
+INLINE ptrdiff_t hearing(float slope, ptrdiff_t length) {
+    return slope * (float)length > 64.0f ? (ptrdiff_t)(64.0f / slope) : length;
+}
+
 /* One row and one head: `out` [head_dim] from `query` [head_dim] over the tokens `first` to
-   `length` - 1. A `softcap` of 0 is none. `next` is where the keys are that are read next. */
-INLINE void attend(const float *query, const char *keys, const char *values, const char *next,
+   `length` - 1. A `softcap` of 0 is none. The next head's keys and values are `next_head` bytes behind
+   these.
+
+   The newest tokens come first: with ALiBi their weights are the largest, and what weighs nothing
+   beside them need not be read. */
+INLINE void attend(const float *query, const char *keys, const char *values, ptrdiff_t next_head,
                    float *out, ptrdiff_t first, ptrdiff_t length, ptrdiff_t head_dim,
                    float scale, float softcap, float slope, const enum dtype dtype) {
     const size_t row = head_dim * width(dtype);
+    const ptrdiff_t heard_from = length - hearing(slope, length);
     float scores[TOKENS], largest = -INFINITY, sum = 0.0f;
     for (ptrdiff_t d = 0; d < head_dim; d++) out[d] = 0.0f;
-    for (ptrdiff_t from = first; from < length; from += TOKENS) {
-        const ptrdiff_t count = least(TOKENS, length - from);
+    for (ptrdiff_t from, end = length; end > first; end = from) {
+        const ptrdiff_t count = least(TOKENS, end - first);
         const ptrdiff_t padded = (count + LANES - 1) / LANES * LANES;
+        from = end - count;
+        const ptrdiff_t expected = least(heard_from > from ? heard_from - from : 0, count);
         ptrdiff_t t;
         for (t = 0; t < count; t++) scores[t] = 0.0f;
-        const char *some = values + from * row;
-        all_scores(query, keys + from * row, some, scores, count, head_dim, dtype);
+        const struct walk some_keys = {keys + from * row, count, values + (from + expected) * row,
+                                       count - expected, row};
+        all_scores(query, &some_keys, scores, head_dim, dtype);
         for (t = 0; t < count; t++) scores[t] *= scale;
         if (softcap > 0.0f)
             for (t = 0; t < count; t++) scores[t] = softcap * tanhf(scores[t] / softcap);
@@ -181,8 +195,15 @@ INLINE void attend(const float *query, const char *keys, const char *values, con
             total = ADD(total, weight);
         }
         sum = sum * shrink + SUM(total);
-        const char *then = from + count < length ? keys + (from + count) * row : next;
-        all_values(scores, some, then, out, shrink, count, head_dim, dtype);
+        ptrdiff_t silent = 0;
+        while (silent < expected && SUM(LOAD(scores + silent)) == 0.0f) silent += LANES;
+        silent = least(silent, expected);
+        const ptrdiff_t then = least(TOKENS, (from > first ? from : length) - first);
+        const char *next = from > first ? keys + (from - then) * row
+                                        : keys + next_head + (length - then) * row;
+        const struct walk some_values = {values + (from + silent) * row, count - silent, next, then,
+                                         row};
+        all_values(scores + silent, &some_values, out, shrink, head_dim, dtype);
     }
     for (ptrdiff_t d = 0; d < head_dim; d++) out[d] /= sum;
 }
@@ -217,7 +238,7 @@ void decode_attention(const struct strided views[3], float *out, const struct la
         const struct lane *lane = lanes + job / cache_heads;
         const ptrdiff_t of = job % cache_heads, offset = of * head_dim * lane->capacity;
         const ptrdiff_t length = lane->length + 1, seen = window ? least(window, length) : length;
-        const ptrdiff_t next = (lane->capacity + length - seen) * head_dim * width(dtype);
+        const ptrdiff_t next_head = lane->capacity * head_dim * width(dtype);
         char *keys = (char *)lane->keys + offset * width(dtype);
         char *values = (char *)lane->values + offset * width(dtype);
         const float *new_key = key.data + of * key.head + lane->row * key.row;
@@ -227,7 +248,7 @@ void decode_attention(const struct strided views[3], float *out, const struct la
             from_float(values, lane->length * head_dim + d, new_value[d], dtype);
         }
 #define ATTEND(DTYPE)                                                                         \
-    attend(query.data + h * query.head + lane->row * query.row, keys, values, keys + next,    \
+    attend(query.data + h * query.head + lane->row * query.row, keys, values, next_head,      \
            out + (lane->row * heads + h) * head_dim, length - seen, length, head_dim, scale,  \
            softcap, slopes ? slopes[h] : 0.0f, DTYPE)
         for (ptrdiff_t h = of * group; h < (of + 1) * group; h++)

@@ -133,7 +133,8 @@ def test_rows_times_a_matrix_of_few_bits(
     shape=st.sampled_from([(4, 4, 64), (6, 2, 80), (3, 3, 5), (2, 1, 128), (2, 2, 104)]),
     room=st.integers(0, 40),
     dtype=st.sampled_from([torch.float32, *HALVES]),
-    slope=st.sampled_from([None, 0.002, 0.7]),
+    slope=st.sampled_from([None, 0.002, 0.1, 0.7]),
+    scale=st.sampled_from([0.3, 4.0]),  # what is far away is heard with the larger one
     window=st.sampled_from([None, 1, 17, 1030]),
     softcap=st.sampled_from([None, 0.5, 50.0]),
 )
@@ -144,6 +145,7 @@ def test_attention_of_rows_that_decode(
     room: int,
     dtype: torch.dtype,
     slope: float | None,
+    scale: float,
     window: int | None,
     softcap: float | None,
 ) -> None:
@@ -168,7 +170,7 @@ def test_attention_of_rows_that_decode(
     options: dict[str, Any] = {"slopes": slopes, "window": window, "softcap": softcap}
     lanes = CachedLanes(caches, lengths, rows)
     views = query[None], key[None], value[None]
-    library.decode_attention(*views, output, lanes, scale=0.3, **options)
+    library.decode_attention(*views, output, lanes, scale=scale, **options)
     assert (output[0] == 7).all()
     assert (output[-1] == 7).all()
     for (keys, values), length, row in zip(caches, lengths, rows, strict=True):
@@ -177,7 +179,7 @@ def test_attention_of_rows_that_decode(
         used, group = length + 1, heads // cache_heads
         all_keys = keys[:, :used].float().repeat_interleave(group, dim=0)
         all_values = values[:, :used].float().repeat_interleave(group, dim=0)
-        scores = torch.einsum("hd,htd->ht", query[:, row], all_keys) * 0.3
+        scores = torch.einsum("hd,htd->ht", query[:, row], all_keys) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if slope is not None:
