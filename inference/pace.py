@@ -12,6 +12,10 @@ from dataclasses import dataclass
 _WEIGHT = 0.5
 """Of the newest measurement of a prefill row; costs per row rise with the context."""
 _SINGLES_WEIGHT = 0.3
+_MOST = 0.75
+"""Of the stall budget, for a piece beside decoding rows that alone take it all."""
+_TILE = 8
+"""Rows that kernels take at once: fewer cost about as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class Limits:
     prefill_rows: int = 512
     """Rows of a longer step in one round when nobody else decodes: enough for full speed."""
     least_prefill_rows: int = 16
-    """The same when the stall budget leaves nothing; hardly dearer than one row."""
+    """The same when rounds alone take the stall budget, if so many rows don't take most of it again."""
     stall: float = 0.1
     """Seconds that prefills may add to the time between two tokens of somebody else."""
     quiet: float = 2.0
@@ -60,7 +64,7 @@ class Pace:
         if not prefill_rows:
             old = self._singles_seconds or cost
             self._singles_seconds = old + _SINGLES_WEIGHT * (cost - old)
-        elif prefill_rows >= self._limits.least_prefill_rows:
+        elif prefill_rows >= min(_TILE, self._limits.least_prefill_rows):
             # A pass over the weights costs about a round of one-row steps, with them or without.
             # It may have become cheaper since it was measured: never take all of a round for it.
             alone = max(cost - self._singles_seconds, cost / 10)
@@ -80,11 +84,16 @@ class Pace:
             return limits.prefill_rows
         if self._row_seconds is None:
             return min(limits.least_prefill_rows, limits.prefill_rows)
+        row_seconds = self._row_seconds * blocks
         left = (limits.stall - self.singles_seconds(blocks)) / 2
-        fitting = min(left / (self._row_seconds * blocks), 2 * self._proven_rows)
-        rows = int(fitting) // 8 * 8  # kernels work in tiles
-        return min(limits.prefill_rows, max(limits.least_prefill_rows, rows))
+        rows = _in_tiles(min(left / row_seconds, 2 * self._proven_rows))
+        least = max(_TILE, _in_tiles(_MOST * limits.stall / row_seconds))
+        return min(limits.prefill_rows, max(rows, min(least, limits.least_prefill_rows)))
 
     def _somebody_else_decodes(self, session: Hashable, now: float) -> bool:
         seen = self._last if self._last is None or self._last[0] != session else self._other
         return seen is not None and now - seen[1] <= self._limits.quiet
+
+
+def _in_tiles(rows: float) -> int:
+    return int(rows) // _TILE * _TILE

@@ -24,7 +24,8 @@ def measure(settings: Settings, report: Report) -> None:
             needed = size.num_blocks * block_bytes(open_checkpoint(folder), mode)
             if size.whole and not fits_memory(needed, label, report):
                 continue
-            with Local(folder, mode, span=None if size.whole else Span(0, 1)) as local:
+            written = size.written_blocks
+            with Local(folder, mode, span=None if written is None else Span(0, written)) as local:
                 curves += by_context(settings, report, local, size, label)
     report.pictures.append(
         Picture(
@@ -43,7 +44,7 @@ def by_context(
     """Our curve and the bound's. The aim is for the first context."""
     session = local.open(settings.lengths[-1] + settings.tokens * size.num_blocks)
     blocks = len(local.span)
-    steps = settings.tokens * (1 if size.whole else size.num_blocks)  # as much as of a whole model
+    steps = settings.tokens * size.num_blocks // blocks  # as much as of a whole model
     sixteen_bit = bits_a_weight(local.checkpoint, local.mode) < 17
     ours: dict[float, float] = {}
     bounds: dict[float, float] = {}

@@ -62,7 +62,7 @@ SIZES = {
         ModelSize("1b7", 2048, 24, 16),
         ModelSize("560m-32bit", 1024, 24, 16, dtype=torch.float32),
         ModelSize("1b7-32bit", 2048, 24, 16, dtype=torch.float32),
-        ModelSize("7b1", 4096, 30, 32, written_blocks=1),
+        ModelSize("7b1", 4096, 30, 32, written_blocks=4),
         ModelSize("176b", 14336, 70, 112, dtype=torch.bfloat16, written_blocks=1),
     )
 }
@@ -70,12 +70,13 @@ SIZES = {
 TINY = ModelSize("tiny", 64, 6, 4, vocabulary=512)
 """To try a benchmark, not to measure anything."""
 TINY_WIDE = ModelSize("tiny-32bit", 64, 6, 4, dtype=torch.float32, vocabulary=512)
-TINY_BLOCK = ModelSize("tiny-block", 64, 6, 4, written_blocks=1, vocabulary=512)
+TINY_BLOCK = ModelSize("tiny-block", 64, 6, 4, written_blocks=2, vocabulary=512)
 
 
 def model_folder(size: ModelSize, models: pathlib.Path) -> pathlib.Path:
     """The folder of a model of ``size`` below ``models``; written first if it is not there."""
-    folder = models / f"bloom-{size.name}-{LAYOUT}"
+    part = "" if size.written_blocks is None else f"-{size.written_blocks}-blocks"
+    folder = models / f"bloom-{size.name}{part}-{LAYOUT}"
     if not folder.exists():
         unfinished = folder.with_suffix(".part")
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -226,9 +226,13 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "petals-node" / "native"
 
 
+@pytest.mark.usefixtures("library")
 def test_it_is_compiled_once(
-    library: Native, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    source = tmp_path / "small.c"  # the whole takes half a minute
+    source.write_text("int answer(void) { return 42; }")
+    monkeypatch.setattr(module, "_SOURCES", [source])
     made = module._library()
     assert list(empty_cache.iterdir()) == [made], "nothing is left of the making"
     assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700, "nobody else can put a library there"

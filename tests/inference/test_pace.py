@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from petals.inference.pace import Limits, Pace
 
 LIMITS = Limits()
+TILE = 8
+"""Rows that kernels take at once; no piece is smaller."""
 BLOCKS = 10
 
 
@@ -79,12 +81,15 @@ def test_two_rounds_stay_within_the_stall_budget(base: float, row: float, slower
         settled = number % 30 > 6
         if settled and rows > LIMITS.least_prefill_rows:
             assert 2 * seconds - base <= LIMITS.stall * 1.05
+        if settled and rows > TILE:
+            assert rows * machine.row <= LIMITS.stall * 0.8
 
 
-def test_a_machine_that_is_too_slow_still_goes_on() -> None:
-    machine = Machine(base=0.5, row=0.01)
+@pytest.mark.parametrize(("row", "rows"), [(0.001, LIMITS.least_prefill_rows), (0.01, TILE)])
+def test_a_machine_that_is_too_slow_still_goes_on(row: float, rows: int) -> None:
+    machine = Machine(base=0.5, row=row)
     machine.decode()
-    assert [machine.mixed()[0] for _ in range(5)] == [LIMITS.least_prefill_rows] * 5
+    assert [machine.mixed()[0] for _ in range(5)] == [LIMITS.least_prefill_rows, *[rows] * 4]
 
 
 def test_without_a_round_of_decoding_only_pieces_still_settle_within_the_budget() -> None:
