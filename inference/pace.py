@@ -15,7 +15,7 @@ _SINGLES_WEIGHT = 0.3
 _MOST = 0.75
 """Of the stall budget, for a piece beside decoding rows that alone take it all."""
 _TILE = 8
-"""Rows that kernels take at once: fewer cost about as much."""
+"""Pieces are of a multiple of so many rows, and of no fewer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from petals.inference.pace import Limits, Pace
 
 LIMITS = Limits()
 TILE = 8
-"""Rows that kernels take at once; no piece is smaller."""
+"""Rows; no piece is smaller."""
 BLOCKS = 10
 
 
