@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,13 @@ _COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c11")
 _COMPILE_SECONDS = 120.0
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
 """``enum dtype``; NF4 are unsigned bytes here."""
+_LARGE = 1 << 22
+"""Weights of a matrix that no cache holds for long: only for those does it matter how memory is read."""
+_FEW_STREAMS = 4
+"""Where all matrices are small."""
+_PROBE_BYTES = 1 << 26
+_PROBE_INPUTS = 1024
+_PROBE_TURNS = 5
 
 _void, _size, _int, _float = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_float
 _Views = ctypes.c_int64 * 9
@@ -118,12 +126,17 @@ class Native:
     """The compiled functions. All tensors are on the CPU; what is not said is float32."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        library.panel_features.restype = library.block_rows.restype = _size
+        for constant in (library.panel_features, library.block_rows, library.most_streams):
+            constant.restype = _size
         self._panel: int = library.panel_features()
         self._block_rows: int = library.block_rows()
+        self.streams = tuple(sorted({2, _FEW_STREAMS, library.most_streams()}))
+        """What ``multiply`` may be given as such."""
+        self._streams = _FEW_STREAMS
+        self._tried = False
         self._multiply = library.multiply
         self._multiply.argtypes = [_void, _int, _void, _size, _void, _void, _int, _void, _size]
-        self._multiply.argtypes += [_void, _size, _void, _size, _size, _size]
+        self._multiply.argtypes += [_void, _size, _void, _size, _size, _size, _int]
         self._multiply.restype = None
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int]
@@ -147,6 +160,9 @@ class Native:
     def _packed(
         self, weight: torch.Tensor, scales: torch.Tensor | None = None, *, group: int = 0
     ) -> PackedMatrix:
+        if not self._tried and weight.numel() >= _LARGE:
+            self._tried = True
+            self._streams = self._fastest_streams()
         (features, inputs), panel = weight.shape, self._panel
         panels = -(-features // panel)
         nibbles = weight.dtype == torch.uint8
@@ -162,6 +178,24 @@ class Native:
             scales = padded.view(panels, panel, -1).transpose(1, 2).contiguous()
         return PackedMatrix(features, inputs, panels * panel, data, scales, group)
 
+    def _fastest_streams(self) -> int:
+        """How many panels of 16 bits one row reads side by side: processors differ by a quarter.
+
+        One did best with eight (Xeon of 2.8 GHz), another with two (EPYC, Zen 5). Some 0.1 s.
+        """
+        panels = _PROBE_BYTES // (_PROBE_INPUTS * self._panel * torch.float16.itemsize)
+        data = torch.ones((panels, _PROBE_INPUTS, self._panel), dtype=torch.float16)
+        features = panels * self._panel
+        matrix = PackedMatrix(features, _PROBE_INPUTS, features, data)
+        row, out = torch.ones(1, _PROBE_INPUTS), torch.empty(1, features)
+        least = dict.fromkeys(self.streams, math.inf)
+        for _ in range(_PROBE_TURNS):  # in turns: noise is to hit all alike
+            for streams in least:
+                begin = time.perf_counter()
+                self.multiply(row, matrix, None, out=out, streams=streams)
+                least[streams] = min(least[streams], time.perf_counter() - begin)
+        return min(least, key=least.__getitem__)
+
     def multiply(
         self,
         rows: torch.Tensor,
@@ -171,17 +205,21 @@ class Native:
         gelu: bool = False,
         residual: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        streams: int | None = None,
     ) -> torch.Tensor:
         """``[rows, in]`` to ``[rows, out]``, in ``out`` if it is given.
 
         ``bias`` is ``[weight.padded]``, contiguous. Weights are widened as they are read, and all
         arithmetic is float32. With ``gelu``, GELU's tanh approximation of it; with a ``residual``
-        ``[rows, out]``, that added to it in the end. Raises ValueError for what does not fit, or
+        ``[rows, out]``, that added to it in the end. ``streams``, one of ``self.streams``, are the
+        panels that one row reads side by side; the fastest here, if not given. Raises ValueError for what does not fit, or
         is not float32.
         """
         count, inputs = rows.shape
         if rows.dtype != torch.float32 or inputs != weight.inputs:
             raise ValueError(f"{rows.dtype} {tuple(rows.shape)} by a matrix of {weight.inputs}")
+        if streams is not None and streams not in self.streams:
+            raise ValueError(f"{streams} streams; there may be {self.streams}")
         rows = rows.contiguous()
         whole = weight.padded == weight.features
         if out is not None and (
@@ -217,6 +255,7 @@ class Native:
             weight.padded,
             inputs,
             count,
+            self._streams if streams is None else streams,
         )
         if not whole:
             output = output[:, : weight.features]

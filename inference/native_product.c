@@ -26,13 +26,14 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
 }
 
 #define PANEL (2 * LANES)
-#define MOST_TOGETHER 8 /* panels that are walked through side by side */
+#define MOST_TOGETHER (MAX_TILE < 8 ? 4 : 8) /* panels that are walked through side by side */
 #define DEPTH 256 /* inputs at once: a panel's part of them is near when the next tile wants it */
 #define BLOCK_ROWS (8 * MAX_TILE)
 #define AHEAD 8192 /* bytes: two pages, so that addresses are looked up in time, too */
 
 ptrdiff_t panel_features(void) { return PANEL; }
 ptrdiff_t block_rows(void) { return BLOCK_ROWS; }
+ptrdiff_t most_streams(void) { return MOST_TOGETHER; }
 
 /* NF4's, as in quantizing.py. */
 static const float LEVELS[16] = {
@@ -120,12 +121,11 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
 /* Panels that are walked through together: enough sums to hide what an addition takes. */
 #define TOGETHER(rows) (4 * (rows) <= MAX_TILE ? 4 : 2 * (rows) <= MAX_TILE ? 2 : 1)
 
-/* One row of whole lines waits for memory, which gives more to more streams: MOST_TOGETHER of them
-   where the registers suffice and every thread has enough to do all the same. */
-INLINE int together_of(ptrdiff_t rows, ptrdiff_t panels, const enum dtype dtype) {
-    if (rows == 1 && MOST_TOGETHER <= MAX_TILE && panel_row(dtype) >= LINE &&
-        panels >= 4 * MOST_TOGETHER * omp_get_max_threads())
-        return MOST_TOGETHER;
+/* One row of whole lines waits for memory. How many streams of it a processor reads fastest is the
+   caller's to know; they are taken where every thread has enough to do all the same. */
+INLINE int together_of(ptrdiff_t rows, ptrdiff_t panels, const enum dtype dtype, int streams) {
+    if (rows == 1 && panel_row(dtype) >= LINE && panels >= 4 * streams * omp_get_max_threads())
+        return streams;
     return TOGETHER(least(rows, MAX_TILE));
 }
 
@@ -138,6 +138,10 @@ INLINE int together_of(ptrdiff_t rows, ptrdiff_t panels, const enum dtype dtype)
         break;
 
 INLINE void tile_of(const struct part *part, int rows, int panels, const enum dtype dtype) {
+    if (panels == 2 && rows == 1) {
+        tile(part, 1, 2, dtype);
+        return;
+    }
     if (panels == MOST_TOGETHER) {
         tile(part, 1, MOST_TOGETHER, dtype);
         return;
@@ -247,18 +251,19 @@ INLINE int take(struct share *share, int most, int fewer, ptrdiff_t *first) {
    NULL; if `activated`, GELU of that; plus `residual` or NULL. Rows of `residual` and of `out` begin
    `residual_row` and `out_row` floats apart. `scales` are [features / PANEL][inputs / group, made
    up][PANEL]; NULL without a `group`. `packed` is room for the inputs of BLOCK_ROWS rows, or of all
-   if those are fewer. */
+   if those are fewer. `streams` is how many panels one row is multiplied by side by side: 2, 4 or
+   most_streams(). */
 void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, const float *x,
               const float *bias, int activated, const float *residual, ptrdiff_t residual_row,
               float *out, ptrdiff_t out_row, float *packed, ptrdiff_t features, ptrdiff_t inputs,
-              ptrdiff_t rows) {
+              ptrdiff_t rows, int streams) {
     const ptrdiff_t panels = features / PANEL;
     const int threads = omp_get_max_threads();
     for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
         const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
-        const int together = together_of(block, panels, dtype);
-        const int fewer = TOGETHER(least(block, MAX_TILE));
+        const int together = together_of(block, panels, dtype, streams);
+        const int fewer = (int)least(together, TOGETHER(least(block, MAX_TILE)));
         const struct product product = {
             .weights = w,
             .dtype = dtype,

@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @given(
-    features=st.integers(1, 200) | st.integers(1024, 1400),  # many are walked through otherwise
+    features=st.integers(1, 200) | st.integers(1024, 2100),  # many are walked through otherwise
     inputs=st.sampled_from([1, 63, 64, 100, 2048, 2049, 5000]),
     rows=st.sampled_from([1, 2, 3, 4, 7, 8, 13, 14, 15, 29, 112, 113, 250]),
     dtype=st.sampled_from((torch.float32, *HALVES)),
@@ -49,6 +49,11 @@ def test_rows_times_a_matrix(
     row = rows // 2
     alone = library.multiply(x[row : row + 1], packed, bias)
     assert torch.equal(alone[0], result[row]), "a row does not depend on those beside it"
+    for streams in library.streams:
+        apart = library.multiply(x[row : row + 1], packed, bias, streams=streams)
+        assert torch.equal(alone, apart), "nor on how memory is read"
+    with pytest.raises(ValueError, match="streams"):
+        library.multiply(x, packed, bias, streams=3)
 
 
 @given(
