@@ -137,7 +137,7 @@ class NativeKernel:
         residual: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See ``Kernel``, and ``Native.multiply`` for what can be done on the way."""
+        """``[..., in]`` to ``[..., out]``; see ``Native.multiply`` for what can be done on the way."""
         return self._multiply(rows, self.packed, self._bias, gelu=gelu, residual=residual, out=out)
 
 

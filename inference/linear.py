@@ -28,27 +28,28 @@ class Linear(nn.Module):
         self.kernels = tuple(kernels)
         native = [kernel for kernel in kernels if isinstance(kernel, NativeKernel)]
         self._native = native if len(native) == len(kernels) else []
+        self._only = native[0] if len(native) == len(kernels) == 1 else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``, in the dtype of ``x``."""
-        return self._compute(x)
+        return self._compute(x) if self._only is None else self._only(x)
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
         """GELU's tanh approximation of ``forward``."""
-        return self._compute(x, gelu=True)
+        return self._compute(x, gelu=True) if self._only is None else self._only(x, gelu=True)
 
     def added_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``residual`` ``[..., out]`` and ``forward``."""
-        return self._compute(x, residual=residual)
+        if self._only is None:
+            return self._compute(x, residual=residual)
+        return self._only(x, residual=residual)
 
     def _compute(
         self, x: torch.Tensor, *, gelu: bool = False, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(len(rows), -1)
-        if len(self._native) == 1:
-            output = self._native[0](rows, gelu=gelu, residual=added)
-        elif self._native:
+        if self._native:
             output = rows.new_empty((len(rows), sum(k.packed.features for k in self._native)))
             first = 0
             for kernel in self._native:

@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,21 @@ _PROBE_INPUTS = 1024
 _PROBE_TURNS = 5
 
 _void, _size, _int, _float = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_float
+
+
+class _Matrix(ctypes.Structure):
+    """``struct matrix``."""
+
+    _fields_ = (
+        ("data", _void),
+        ("scales", _void),
+        ("group", _size),
+        ("features", _size),
+        ("inputs", _size),
+        ("dtype", _int),
+    )
+
+
 _Views = ctypes.c_int64 * 9
 """``struct strided`` three times."""
 
@@ -71,11 +87,19 @@ class PackedMatrix:
     group: int = 0
     """Inputs that share a scale; 0 without scales."""
 
-    def panels(self, numbers: Sequence[int]) -> "PackedMatrix":
-        """A copy of some of its panels, of a matrix without scales."""
-        data = self.data[list(numbers)]
-        features = len(data) * data.shape[2]
-        return PackedMatrix(features, self.inputs, features, data)
+    @functools.cached_property
+    def described(self) -> object:
+        """Where it is and what: a ``struct matrix``, made once."""
+        return ctypes.byref(
+            _Matrix(
+                self.data.data_ptr(),
+                None if self.scales is None else self.scales.data_ptr(),
+                self.group,
+                self.padded,
+                self.inputs,
+                _DTYPES[self.data.dtype],
+            )
+        )
 
 
 class CachedLanes:
@@ -130,16 +154,26 @@ class Native:
             constant.restype = _size
         self._panel: int = library.panel_features()
         self._block_rows: int = library.block_rows()
-        self.streams = tuple(sorted({2, _FEW_STREAMS, library.most_streams()}))
+        most: int = library.most_streams()
+        self.streams = tuple(sorted({2, _FEW_STREAMS, most}))
         """What ``multiply`` may be given as such."""
         self._streams = _FEW_STREAMS
         self._tried = False
         self._multiply = library.multiply
-        self._multiply.argtypes = [_void, _int, _void, _size, _void, _void, _int, _void, _size]
-        self._multiply.argtypes += [_void, _size, _void, _size, _size, _size, _int]
+        self._multiply.argtypes = [
+            *[_void] * 3,
+            _int,
+            _void,
+            _size,
+            _void,
+            _size,
+            _void,
+            _size,
+            _int,
+        ]
         self._multiply.restype = None
         self._attention = library.decode_attention
-        self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int]
+        self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int, _int]
         self._attention.restype = None
 
     def pack(self, weight: torch.Tensor) -> PackedMatrix:
@@ -181,7 +215,8 @@ class Native:
     def _fastest_streams(self) -> int:
         """How many panels of 16 bits one row reads side by side: processors differ by a quarter.
 
-        One did best with eight (Xeon of 2.8 GHz), another with two (EPYC, Zen 5). Some 0.1 s.
+        One did best with eight (Xeon of 2.8 GHz), another with two (EPYC, Zen 5), in attention, too.
+        Takes 30 ms.
         """
         panels = _PROBE_BYTES // (_PROBE_INPUTS * self._panel * torch.float16.itemsize)
         data = torch.ones((panels, _PROBE_INPUTS, self._panel), dtype=torch.float16)
@@ -196,9 +231,16 @@ class Native:
                 least[streams] = min(least[streams], time.perf_counter() - begin)
         return min(least, key=least.__getitem__)
 
+    def _chosen(self, streams: int | None) -> int:
+        if streams is None:
+            return self._streams
+        if streams not in self.streams:
+            raise ValueError(f"{streams} streams; there may be {self.streams}")
+        return streams
+
     def multiply(
         self,
-        rows: torch.Tensor,
+        x: torch.Tensor,
         weight: PackedMatrix,
         bias: torch.Tensor | None,
         *,
@@ -207,58 +249,54 @@ class Native:
         out: torch.Tensor | None = None,
         streams: int | None = None,
     ) -> torch.Tensor:
-        """``[rows, in]`` to ``[rows, out]``, in ``out`` if it is given.
+        """``[..., in]`` to ``[..., out]``, in ``out`` if it is given.
 
         ``bias`` is ``[weight.padded]``, contiguous. Weights are widened as they are read, and all
         arithmetic is float32. With ``gelu``, GELU's tanh approximation of it; with a ``residual``
-        ``[rows, out]``, that added to it in the end. ``streams``, one of ``self.streams``, are the
-        panels that one row reads side by side; the fastest here, if not given. Raises ValueError for what does not fit, or
-        is not float32.
+        ``[..., out]``, that added to it in the end. ``streams``, one of ``self.streams``, are the
+        panels that one row reads side by side; the fastest here, if not given. Raises ValueError
+        for what does not fit, or is not float32.
+
+        Between two products all threads wait for what is done here, in caches that weights have
+        filled: hence few steps, and few objects.
         """
-        count, inputs = rows.shape
-        if rows.dtype != torch.float32 or inputs != weight.inputs:
-            raise ValueError(f"{rows.dtype} {tuple(rows.shape)} by a matrix of {weight.inputs}")
-        if streams is not None and streams not in self.streams:
-            raise ValueError(f"{streams} streams; there may be {self.streams}")
-        rows = rows.contiguous()
-        whole = weight.padded == weight.features
-        if out is not None and (
-            out.dtype != torch.float32 or out.shape != (count, weight.features)
-        ):
-            raise ValueError(f"{out.dtype} {tuple(out.shape)} has no room for it")
-        if out is not None and whole and out.stride(1) == 1:
-            output = out
-        else:
-            output = rows.new_empty((count, weight.padded))
-        packed = None
-        if count > 1:
-            packed = rows.new_empty(min(count, self._block_rows) * inputs)
-        added = residual
+        leading, inputs, features = x.shape[:-1], weight.inputs, weight.features
+        if x.dtype != torch.float32 or x.shape[-1] != inputs:
+            raise ValueError(f"{x.dtype} {tuple(x.shape)} by a matrix of {inputs}")
+        if not x.is_contiguous():
+            x = x.contiguous()
+        count = x.numel() // inputs
+        shape, whole = (*leading, features), weight.padded == features
+        output, output_row = None, weight.padded
+        if out is not None:
+            if out.dtype != torch.float32 or out.shape != shape:
+                raise ValueError(f"{out.dtype} {tuple(out.shape)} has no room for it")
+            if whole and (row := _between_rows(out)):
+                output, output_row = out, row
+        if output is None:
+            output = x.new_empty((*leading, weight.padded))
+        added, added_row = None, 0
         if residual is not None:
-            if residual.dtype != torch.float32 or residual.shape != (count, weight.features):
+            if residual.dtype != torch.float32 or residual.shape != shape:
                 raise ValueError(f"{residual.dtype} {tuple(residual.shape)} is no residual of it")
-            if not whole or residual.stride(1) != 1:
-                added = None
+            if whole and (row := _between_rows(residual)):
+                added, added_row = residual, row
+        packed = x.new_empty(min(count, self._block_rows) * inputs) if count > 1 else None
         self._multiply(
-            weight.data.data_ptr(),
-            _DTYPES[weight.data.dtype],
-            None if weight.scales is None else weight.scales.data_ptr(),
-            weight.group,
-            rows.data_ptr(),
+            weight.described,
+            x.data_ptr(),
             None if bias is None else bias.data_ptr(),
             gelu,
             None if added is None else added.data_ptr(),
-            0 if added is None else added.stride(0),
+            added_row,
             output.data_ptr(),
-            output.stride(0),
+            output_row,
             None if packed is None else packed.data_ptr(),
-            weight.padded,
-            inputs,
             count,
-            self._streams if streams is None else streams,
+            self._chosen(streams),
         )
         if not whole:
-            output = output[:, : weight.features]
+            output = output[..., :features]
         if residual is not None and added is None:
             output += residual
         return output if out is None or out is output else out.copy_(output)
@@ -275,6 +313,7 @@ class Native:
         slopes: torch.Tensor | None,
         window: int | None = None,
         softcap: float | None = None,
+        streams: int | None = None,
     ) -> None:
         """For each lane, attend its row to what it has cached and to itself.
 
@@ -282,7 +321,7 @@ class Native:
         head_dim]``. Behind the tokens that a lane has cached, the new ones are written. Writes the
         lanes' rows of ``output`` ``[rows, heads, head_dim]``. ``slopes`` ``[heads]`` are ALiBi's.
         ``window`` is how many tokens, itself among them, a row sees; ``softcap`` bends scores into
-        -softcap to softcap.
+        -softcap to softcap. ``streams`` are as in ``multiply``.
         """
         views = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
         _, heads, _, head_dim = query.shape
@@ -299,7 +338,15 @@ class Native:
             softcap or 0.0,
             None if slopes is None else slopes.data_ptr(),
             _DTYPES[lanes.dtype],
+            self._chosen(streams),
         )
+
+
+def _between_rows(x: torch.Tensor) -> int:
+    """Numbers from one row of ``[..., row]`` to the next; 0 if they do not lie like that."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    return x.stride(0) if x.dim() == 2 and x.stride(1) == 1 else 0
 
 
 @functools.cache
@@ -339,8 +386,12 @@ def _library() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as making:
             made = Path(making) / library.name
             objects = [str(Path(making) / f"{source.stem}.o") for source in _SOURCES]
-            for source, compiled in zip(_SOURCES, objects, strict=True):
-                _run([*compiler, *_COMPILE, "-c", str(source), "-o", compiled])
+            commands = [
+                [*compiler, *_COMPILE, "-c", str(source), "-o", compiled]
+                for source, compiled in zip(_SOURCES, objects, strict=True)
+            ]
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(_run, commands))
             # without -fopenmp, which would link a second OpenMP, with threads of its own
             _run([*compiler, "-shared", *objects, openmp, "-lm", "-o", str(made)])
             made.replace(library)

@@ -38,7 +38,8 @@ INLINE void from_float(void *p, ptrdiff_t i, float value, enum dtype dtype) {
     }
 }
 
-#define STREAMS 8         /* places where a head's tokens are read at once: memory gives more to more */
+#define FEW_STREAMS 2 /* places where a head's tokens are read at once ... */
+#define MANY_STREAMS 8
 #define TOKENS_AHEAD 4096 /* bytes */
 #define CHUNK 8           /* vectors of a head's dimensions that registers hold at once */
 
@@ -56,28 +57,28 @@ INLINE void ask(const char *memory, const int vectors, const enum dtype dtype) {
         _mm_prefetch(memory + byte, _MM_HINT_T0);
 }
 
-/* DO every token, in STREAMS places at once, and ask the memory for those behind it in its stream; at
+/* DO every token, in `streams` places at once, and ask the memory for those behind it in its stream; at
    the end of each, for those at the beginning of the next one, that it be there, too. */
 #define WALK(DO)                                                                              \
     const char *cached = walk->cached;                                                        \
-    const ptrdiff_t part = walk->count / STREAMS, next_part = walk->next_count / STREAMS;     \
+    const ptrdiff_t part = walk->count / streams, next_part = walk->next_count / streams;     \
     const ptrdiff_t last = part - least(part, TOKENS_AHEAD / walk->row);                      \
     ptrdiff_t t = 0;                                                                          \
     for (; t < last; t++)                                                                     \
-        UNROLL for (int s = 0; s < STREAMS; s++) {                                            \
+        UNROLL for (int s = 0; s < streams; s++) {                                            \
             ask(cached + (s * part + t) * walk->row + TOKENS_AHEAD, vectors, dtype);          \
             DO(s * part + t);                                                                 \
         }                                                                                     \
     for (; t < part; t++)                                                                     \
-        UNROLL for (int s = 0; s < STREAMS; s++) {                                            \
+        UNROLL for (int s = 0; s < streams; s++) {                                            \
             ask(walk->next + (s * next_part + t - last) * walk->row, vectors, dtype);         \
             DO(s * part + t);                                                                 \
         }                                                                                     \
-    for (t = STREAMS * part; t < walk->count; t++) DO(t);
+    for (t = streams * part; t < walk->count; t++) DO(t);
 
 /* `scores` [count] += `query` [vectors * LANES] times the keys. */
 INLINE void add_scores(const float *query, const struct walk *walk, float *scores,
-                       const int vectors, const enum dtype dtype) {
+                       const int vectors, const int streams, const enum dtype dtype) {
     vec wanted[CHUNK];
     UNROLL for (int v = 0; v < vectors; v++) wanted[v] = LOAD(query + v * LANES);
 #define SCORE(TOKEN)                                                                          \
@@ -98,7 +99,7 @@ INLINE void add_scores(const float *query, const struct walk *walk, float *score
 
 /* `out` [vectors * LANES] = `out` times `shrink` + `weights` [count] times the values. */
 INLINE void add_values(const float *weights, const struct walk *walk, float *out, float shrink,
-                       const int vectors, const enum dtype dtype) {
+                       const int vectors, const int streams, const enum dtype dtype) {
     vec sums[CHUNK];
     UNROLL for (int v = 0; v < vectors; v++) sums[v] = MUL(LOAD(out + v * LANES), SET(shrink));
 #define ADD_VALUE(TOKEN)                                                                      \
@@ -124,9 +125,10 @@ INLINE void add_values(const float *weights, const struct walk *walk, float *out
                    (WALK)->next + d * width(dtype), (WALK)->next_count, (WALK)->row}
 
 INLINE void all_scores(const float *query, const struct walk *keys, float *scores,
-                       ptrdiff_t head_dim, const enum dtype dtype) {
+                       ptrdiff_t head_dim, const int streams, const enum dtype dtype) {
     ptrdiff_t d = 0;
-#define SCORES(VECTORS) add_scores(query + d, SOME_DIMENSIONS(keys), scores, VECTORS, dtype)
+#define SCORES(VECTORS)                                                                       \
+    add_scores(query + d, SOME_DIMENSIONS(keys), scores, VECTORS, streams, dtype)
     BY_CHUNKS(SCORES)
     for (; d < head_dim; d++)
         for (ptrdiff_t t = 0; t < keys->count; t++) {
@@ -136,10 +138,10 @@ INLINE void all_scores(const float *query, const struct walk *keys, float *score
 }
 
 INLINE void all_values(const float *weights, const struct walk *values, float *out, float shrink,
-                       ptrdiff_t head_dim, const enum dtype dtype) {
+                       ptrdiff_t head_dim, const int streams, const enum dtype dtype) {
     ptrdiff_t d = 0;
 #define VALUES(VECTORS)                                                                       \
-    add_values(weights, SOME_DIMENSIONS(values), out + d, shrink, VECTORS, dtype)
+    add_values(weights, SOME_DIMENSIONS(values), out + d, shrink, VECTORS, streams, dtype)
     BY_CHUNKS(VALUES)
     for (; d < head_dim; d++) {
         out[d] *= shrink;
@@ -163,7 +165,8 @@ INLINE ptrdiff_t hearing(float slope, ptrdiff_t length) {
    beside them need not be read. */
 INLINE void attend(const float *query, const char *keys, const char *values, ptrdiff_t next_head,
                    float *out, ptrdiff_t first, ptrdiff_t length, ptrdiff_t head_dim,
-                   float scale, float softcap, float slope, const enum dtype dtype) {
+                   float scale, float softcap, float slope, const int streams,
+                   const enum dtype dtype) {
     const size_t row = head_dim * width(dtype);
     const ptrdiff_t heard_from = length - hearing(slope, length);
     float scores[TOKENS], largest = -INFINITY, sum = 0.0f;
@@ -177,7 +180,7 @@ INLINE void attend(const float *query, const char *keys, const char *values, ptr
         for (t = 0; t < count; t++) scores[t] = 0.0f;
         const struct walk some_keys = {keys + from * row, count, values + (from + expected) * row,
                                        count - expected, row};
-        all_scores(query, &some_keys, scores, head_dim, dtype);
+        all_scores(query, &some_keys, scores, head_dim, streams, dtype);
         for (t = 0; t < count; t++) scores[t] *= scale;
         if (softcap > 0.0f)
             for (t = 0; t < count; t++) scores[t] = softcap * tanhf(scores[t] / softcap);
@@ -203,7 +206,7 @@ INLINE void attend(const float *query, const char *keys, const char *values, ptr
                                         : keys + next_head + (length - then) * row;
         const struct walk some_values = {values + (from + silent) * row, count - silent, next, then,
                                          row};
-        all_values(scores + silent, &some_values, out, shrink, head_dim, dtype);
+        all_values(scores + silent, &some_values, out, shrink, head_dim, streams, dtype);
     }
     for (ptrdiff_t d = 0; d < head_dim; d++) out[d] /= sum;
 }
@@ -224,11 +227,11 @@ struct lane {
    are the queries [heads, rows, head_dim], the keys and the values [cache_heads, rows, head_dim];
    `out` is [rows, heads, head_dim], of which only the lanes' rows are written. `slopes` [heads]
    or NULL: ALiBi's. A row sees `window` tokens, itself among them, or all if that is 0. `dtype` is
-   the cache's. */
+   the cache's. A head is read in FEW_STREAMS or MANY_STREAMS, whichever `streams` is nearer to. */
 void decode_attention(const struct strided views[3], float *out, const struct lane *lanes,
                       ptrdiff_t count, ptrdiff_t heads, ptrdiff_t cache_heads, ptrdiff_t head_dim,
                       ptrdiff_t window, float scale, float softcap, const float *slopes,
-                      int dtype) {
+                      int dtype, int streams) {
     const struct strided query = views[0], key = views[1], value = views[2];
     const ptrdiff_t group = heads / cache_heads, jobs = count * cache_heads;
     const ptrdiff_t share = jobs / (4 * omp_get_max_threads());
@@ -247,15 +250,22 @@ void decode_attention(const struct strided views[3], float *out, const struct la
             from_float(keys, lane->length * head_dim + d, new_key[d], dtype);
             from_float(values, lane->length * head_dim + d, new_value[d], dtype);
         }
-#define ATTEND(DTYPE)                                                                         \
+#define ATTEND(STREAMS, DTYPE)                                                                \
     attend(query.data + h * query.head + lane->row * query.row, keys, values, next_head,      \
            out + (lane->row * heads + h) * head_dim, length - seen, length, head_dim, scale,  \
-           softcap, slopes ? slopes[h] : 0.0f, DTYPE)
+           softcap, slopes ? slopes[h] : 0.0f, STREAMS, DTYPE)
+#define ATTEND_IN(DTYPE)                                                                      \
+    if (many)                                                                                 \
+        ATTEND(MANY_STREAMS, DTYPE);                                                          \
+    else                                                                                      \
+        ATTEND(FEW_STREAMS, DTYPE);                                                           \
+    break
+        const int many = 2 * streams > FEW_STREAMS + MANY_STREAMS;
         for (ptrdiff_t h = of * group; h < (of + 1) * group; h++)
             switch (dtype) { /* here, for the same reason as in any_tile */
-            case FLOAT16: ATTEND(FLOAT16); break;
-            case BFLOAT16: ATTEND(BFLOAT16); break;
-            default: ATTEND(FLOAT32);
+            case FLOAT16: ATTEND_IN(FLOAT16);
+            case BFLOAT16: ATTEND_IN(BFLOAT16);
+            default: ATTEND_IN(FLOAT32);
             }
     }
 }

@@ -247,30 +247,38 @@ INLINE int take(struct share *share, int most, int fewer, ptrdiff_t *first) {
     }
 }
 
-/* `out` [rows, features] = `x` [rows, inputs] times panels `w` in `dtype`, plus `bias` [features] or
-   NULL; if `activated`, GELU of that; plus `residual` or NULL. Rows of `residual` and of `out` begin
-   `residual_row` and `out_row` floats apart. `scales` are [features / PANEL][inputs / group, made
-   up][PANEL]; NULL without a `group`. `packed` is room for the inputs of BLOCK_ROWS rows, or of all
-   if those are fewer. `streams` is how many panels one row is multiplied by side by side: 2, 4 or
+/* A matrix in panels: [features / PANEL][inputs][PANEL]. `scales` are [features / PANEL][inputs /
+   group, made up][PANEL]; NULL without a `group`. */
+struct matrix {
+    const char *data;
+    const float *scales;
+    ptrdiff_t group, features, inputs;
+    int dtype;
+};
+
+/* `out` [rows, features] = `x` [rows, inputs] times `matrix`, plus `bias` [features] or NULL; if
+   `activated`, GELU of that; plus `residual` or NULL. Rows of `residual` and of `out` begin
+   `residual_row` and `out_row` floats apart. `packed` is room for the inputs of BLOCK_ROWS rows, or of
+   all if those are fewer. `streams` is how many panels one row is multiplied by side by side: 2, 4 or
    most_streams(). */
-void multiply(const char *w, int dtype, const float *scales, ptrdiff_t group, const float *x,
-              const float *bias, int activated, const float *residual, ptrdiff_t residual_row,
-              float *out, ptrdiff_t out_row, float *packed, ptrdiff_t features, ptrdiff_t inputs,
-              ptrdiff_t rows, int streams) {
-    const ptrdiff_t panels = features / PANEL;
+void multiply(const struct matrix *matrix, const float *x, const float *bias, int activated,
+              const float *residual, ptrdiff_t residual_row, float *out, ptrdiff_t out_row,
+              float *packed, ptrdiff_t rows, int streams) {
+    const ptrdiff_t inputs = matrix->inputs;
+    const ptrdiff_t panels = matrix->features / PANEL;
     const int threads = omp_get_max_threads();
     for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
         const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
-        const int together = together_of(block, panels, dtype, streams);
+        const int together = together_of(block, panels, matrix->dtype, streams);
         const int fewer = (int)least(together, TOGETHER(least(block, MAX_TILE)));
         const struct product product = {
-            .weights = w,
-            .dtype = dtype,
-            .scales = scales,
+            .weights = matrix->data,
+            .dtype = matrix->dtype,
+            .scales = matrix->scales,
             .bias = bias,
             .residual = residual ? residual + begun * residual_row : NULL,
-            .group = group,
+            .group = matrix->group,
             .inputs = inputs,
             .residual_row = residual_row,
             .out_row = out_row,

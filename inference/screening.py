@@ -44,6 +44,7 @@ class ScreenedLinear(nn.Module):
         self._library = library
         self._parts = _packed(whole)
         self._panel = self._parts[0].data.shape[2]
+        self._features = sum(part.features for part in self._parts)
         self._rounded, self._errors = _round(self._parts)
         self._largest_only = False
 
@@ -68,35 +69,27 @@ class ScreenedLinear(nn.Module):
 
     def _screened(self, rows: torch.Tensor) -> torch.Tensor | None:
         """``[rows, out]``; None if too many outputs may be the largest, or if there is NaN."""
-        outputs = self._library.multiply(rows, self._rounded, None).contiguous()
+        outputs = self._library.multiply(rows, self._rounded, None)
         errors = self._errors * rows.norm(dim=1, keepdim=True)
-        least = (outputs - errors).amax(dim=1, keepdim=True)
-        places = ((outputs + errors) >= least).any(dim=0).nonzero().flatten()
-        chosen = (places // self._panel).unique().tolist()
+        least = (outputs - errors)[:, : self._features].amax(dim=1, keepdim=True)
+        above = errors.add_(outputs).sub_(least).view(len(rows), -1, self._panel)
+        chosen = (above.amax(dim=(0, 2)) >= 0).nonzero().flatten().tolist()
         if not 0 < len(chosen) <= max(1, _MOST_CHOSEN * len(self._rounded.data)):
             return None
-        first = 0
-        for part in self._parts:
-            panels = [number - first for number in chosen if 0 <= number - first < len(part.data)]
-            if panels:
-                self._replace(outputs, rows, part, panels, first)
-            first += len(part.data)
-        return outputs
+        exact = self._library.multiply(rows, self._exact(chosen), None)
+        for number, own in zip(chosen, exact.split(self._panel, dim=1), strict=True):
+            outputs[:, number * self._panel : (number + 1) * self._panel] = own
+        return outputs[:, : self._features]
 
-    def _replace(
-        self,
-        outputs: torch.Tensor,
-        rows: torch.Tensor,
-        part: PackedMatrix,
-        panels: Sequence[int],
-        first: int,
-    ) -> None:
-        """Put in what ``panels`` of ``part`` give, whose first panel is number ``first`` of all."""
-        exact = self._library.multiply(rows, part.panels(panels), None)
-        for number, own in zip(panels, exact.split(self._panel, dim=1), strict=True):
-            begin = (first + number) * self._panel
-            places = outputs[:, begin : begin + self._panel]  # fewer in the last one
-            places.copy_(own[:, : places.shape[1]])
+    def _exact(self, chosen: Sequence[int]) -> PackedMatrix:
+        """A copy of the panels ``chosen`` (ascending), whose weights are not rounded."""
+        data, first = [], 0
+        for part in self._parts:
+            end = first + len(part.data)
+            data += [part.data[number - first] for number in chosen if first <= number < end]
+            first = end
+        features = len(data) * self._panel
+        return PackedMatrix(features, self._rounded.inputs, features, torch.stack(data))
 
 
 def screened(head: Linear) -> Linear | ScreenedLinear:
@@ -119,7 +112,10 @@ def _packed(head: Linear) -> list[PackedMatrix]:
 
 
 def _round(parts: Sequence[PackedMatrix]) -> tuple[PackedMatrix, torch.Tensor]:
-    """All ``parts`` in 8 bits, and by how much an output may be off, for a row of norm 1, ``[out]``."""
+    """All ``parts`` in 8 bits, and by how much an output may be off, for a row of norm 1.
+
+    Both are of whole panels; outputs that only make up the last one are -inf off, and never chosen.
+    """
     inputs, panel = parts[0].inputs, parts[0].data.shape[2]
     panels = sum(len(part.data) for part in parts)
     integers = mapped_zeros((panels, inputs, panel), torch.int8)
@@ -137,6 +133,7 @@ def _round(parts: Sequence[PackedMatrix]) -> tuple[PackedMatrix, torch.Tensor]:
             summed = 4 * (inputs + 8) * _UNIT * (weights.norm(dim=1) + taken)
             errors[own] = 1.001 * (taken + summed)
             first += len(piece)
-    features = sum(part.features for part in parts)
-    rounded_all = PackedMatrix(features, inputs, panels * panel, integers, scales, inputs)
-    return rounded_all, errors.view(-1)[:features].clone()
+    features = panels * panel
+    off = errors.view(-1)
+    off[sum(part.features for part in parts) :] = -torch.inf
+    return PackedMatrix(features, inputs, features, integers, scales, inputs), off

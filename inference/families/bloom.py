@@ -133,7 +133,8 @@ class Bloom(OwnAttention):
         def start(_hidden: torch.Tensor, plan: Plan) -> RunBlock:
             def run(_block: int, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
                 output: torch.Tensor
-                output, _ = module(hidden, alibi=None, attention_mask=None, layer_past=plan)
+                # Not its __call__: two layers of hooks that nobody has set.
+                output, _ = module.forward(hidden, alibi=None, attention_mask=None, layer_past=plan)
                 return output
 
             return run

@@ -142,6 +142,7 @@ def test_rows_times_a_matrix_of_few_bits(
     scale=st.sampled_from([0.3, 4.0]),  # what is far away is heard with the larger one
     window=st.sampled_from([None, 1, 17, 1030]),
     softcap=st.sampled_from([None, 0.5, 50.0]),
+    streams=st.sampled_from([None, 2, 8]),
 )
 def test_attention_of_rows_that_decode(
     library: Native,
@@ -153,6 +154,7 @@ def test_attention_of_rows_that_decode(
     scale: float,
     window: int | None,
     softcap: float | None,
+    streams: int | None,
 ) -> None:
     heads, cache_heads, head_dim = shape
     batch = len(lengths) + 2  # the first and the last row belong to nobody here
@@ -173,6 +175,7 @@ def test_attention_of_rows_that_decode(
     output = torch.full((batch, heads, head_dim), 7.0)
     rows = range(1, batch - 1)
     options: dict[str, Any] = {"slopes": slopes, "window": window, "softcap": softcap}
+    options["streams"] = None if streams is None else min(streams, library.streams[-1])
     lanes = CachedLanes(caches, lengths, rows)
     views = query[None], key[None], value[None]
     library.decode_attention(*views, output, lanes, scale=scale, **options)

@@ -24,8 +24,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_the_subcommands() -> None:
     done = bench("--help")
     assert done.returncode == 0
-    names = ("engine", "swarm", "relay", "smollm2", "frames", "quantization", "weights")
-    for subcommand in names:
+    names = ("engine", "swarm", "relay", "smollm2", "llama-cpp", "frames", "quantization")
+    for subcommand in (*names, "weights"):
         assert subcommand in done.stdout
 
 
@@ -41,6 +41,14 @@ def test_bad_arguments_are_refused_in_words(arguments: list[str], said: str) -> 
     done = bench(*arguments)
     assert done.returncode != 0
     assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_rival_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    done = bench("llama-cpp", "--quick")
+    assert done.returncode != 0
+    assert "there is no llama-bench on the PATH" in done.stderr
     assert "Traceback" not in done.stderr
 
 
