@@ -165,7 +165,9 @@ class Plan:
         lengths = [cache.length for cache, _ in self._decoding]
         rows = [row for _, row in self._decoding]
         for block in blocks:
-            caches = [cache.make_room(block, 1) for cache, _ in self._decoding]
+            caches = [
+                (*cache.make_room(block, 1), cache.key_norms(block)) for cache, _ in self._decoding
+            ]
             self._cached[block] = CachedLanes(caches, lengths, rows)
 
     def decoding(self, block: int) -> CachedLanes | None:

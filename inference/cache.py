@@ -54,6 +54,7 @@ class LaneCache:
         self._max_tokens = max_tokens
         self._expected = 0
         self._blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._key_norms: dict[int, torch.Tensor] = {}
 
     def expect(self, length: int) -> None:
         """The cache will soon hold ``length`` tokens: when it next grows, it grows to that."""
@@ -72,6 +73,7 @@ class LaneCache:
             with torch.inference_mode():  # as in a round; never across a yield
                 for own, theirs in zip(self._room(block, length), cached, strict=True):
                     own[:, :length] = theirs[:, :length]
+                self._key_norms[block] = other.key_norms(block).clone()
             copied += self._shape.bytes_per_token * length
             if copied >= at_once:
                 copied = 0
@@ -84,6 +86,7 @@ class LaneCache:
         for block, cached in other._blocks.items():
             for own, theirs in zip(self._room(block, other.length), cached, strict=True):
                 own[:, : other.length] = theirs[:, : other.length]
+            self._key_norms[block] = other.key_norms(block).clone()
         self.length = other.length
 
     def shrink(self, at_once: int) -> Generator[None, None, None]:
@@ -119,17 +122,30 @@ class LaneCache:
         cached_keys, cached_values = self.make_room(block, keys.shape[1])
         cached_keys[:, self.length : total] = keys
         cached_values[:, self.length : total] = values
+        if self.device.type == "cpu":  # elsewhere nobody asks
+            norms = cached_keys[:, self.length : total].float().norm(dim=2).amax(dim=1)
+            self._key_norms[block] = torch.maximum(self.key_norms(block), norms)
         return cached_keys[:, :total], cached_values[:, :total]
 
     def make_room(self, block: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of ``block``, ``[heads, capacity, head_dim]``.
 
-        There is room for ``rows`` tokens behind ``length``, which the caller writes.
+        There is room for ``rows`` tokens behind ``length``, which the caller writes; who writes keys
+        raises ``key_norms``.
         """
         total = self.length + rows
         if total > self._max_tokens:
             raise LocalProtocolError(f"{total} tokens in a cache reserved for {self._max_tokens}")
         return self._room(block, total)
+
+    def key_norms(self, block: int) -> torch.Tensor:
+        """fp32 ``[heads]``, on the CPU: no key of ``block`` has had a greater norm; NaN if one had.
+
+        So much a query can hear of keys at most, without reading them.
+        """
+        if block not in self._key_norms:
+            self._key_norms[block] = torch.zeros(self._shape.heads)
+        return self._key_norms[block]
 
     @property
     def device(self) -> torch.device:

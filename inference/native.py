@@ -110,19 +110,20 @@ class CachedLanes:
 
     def __init__(
         self,
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         lengths: Sequence[int],
         rows: Sequence[int],
     ) -> None:
         """Lane i has ``lengths[i]`` tokens in ``caches[i]`` and owns row ``rows[i]`` of the batch.
 
-        Its keys and its values are ``[cache_heads, capacity, head_dim]``, of one dtype for all lanes.
+        Its keys and its values are ``[cache_heads, capacity, head_dim]``, of one dtype for all lanes;
+        then the greatest norms of keys, as ``LaneCache.key_norms``, which are kept up.
         """
         self._caches = tuple(caches)  # whose memory the table points to
         self._table = np.array(
             [
-                (keys.data_ptr(), values.data_ptr(), keys.shape[1], length, row)
-                for (keys, values), length, row in zip(caches, lengths, rows, strict=True)
+                (*(own.data_ptr() for own in cached), cached[0].shape[1], length, row)
+                for cached, length, row in zip(caches, lengths, rows, strict=True)
             ],
             np.int64,
         )

@@ -157,6 +157,26 @@ INLINE ptrdiff_t hearing(float slope, ptrdiff_t length) {
     return slope * (float)length > 64.0f ? (ptrdiff_t)(64.0f / slope) : length;
 }
 
+INLINE float dot(const float *a, const float *b, ptrdiff_t count) {
+    vec sums = SET(0.0f);
+    ptrdiff_t i = 0;
+    for (; i + LANES <= count; i += LANES) sums = FMA(LOAD(a + i), LOAD(b + i), sums);
+    float sum = SUM(sums);
+    for (; i < count; i++) sum = fmaf(a[i], b[i], sum);
+    return sum;
+}
+
+/* The first token whose weight may be more than 0: no key is longer than `key_norm`, so no score is
+   more than that times the query's length (Cauchy and Schwarz), less the distance's part; and what is
+   less than e^-60 of the weight of `newest`, the newest token's key, is 0. The rest is for rounding.
+   Where something is not finite, the first of all. */
+INLINE ptrdiff_t first_heard(const float *query, const float *newest, float key_norm,
+                             ptrdiff_t length, ptrdiff_t head_dim, float scale, float slope) {
+    const float most = 1.01f * key_norm * sqrtf(dot(query, query, head_dim)) * fabsf(scale);
+    const float reach = (62.0f + most - dot(query, newest, head_dim) * scale) / slope;
+    return reach < (float)(length - 1) ? length - 1 - (ptrdiff_t)reach : 0;
+}
+
 /* One row and one head: `out` [head_dim] from `query` [head_dim] over the tokens `first` to
    `length` - 1. A `softcap` of 0 is none. The next head's keys and values are `next_head` bytes behind
    these.
@@ -220,6 +240,7 @@ struct strided {
 /* One row of a batch and what its lane has cached. */
 struct lane {
     void *keys, *values; /* [cache_heads, capacity, head_dim] */
+    float *key_norms;    /* [cache_heads], the greatest so far, or NaN */
     ptrdiff_t capacity, length, row; /* tokens before this one; which row of the batch it is */
 };
 
@@ -250,10 +271,14 @@ void decode_attention(const struct strided views[3], float *out, const struct la
             from_float(keys, lane->length * head_dim + d, new_key[d], dtype);
             from_float(values, lane->length * head_dim + d, new_value[d], dtype);
         }
+        float *const key_norm = lane->key_norms + of;
+        const float new_norm = 1.01f * sqrtf(dot(new_key, new_key, head_dim)); /* or rounded up */
+        if (!(new_norm <= *key_norm)) /* NaN stays */
+            *key_norm = new_norm + (*key_norm - *key_norm);
 #define ATTEND(STREAMS, DTYPE)                                                                \
     attend(query.data + h * query.head + lane->row * query.row, keys, values, next_head,      \
-           out + (lane->row * heads + h) * head_dim, length - seen, length, head_dim, scale,  \
-           softcap, slopes ? slopes[h] : 0.0f, STREAMS, DTYPE)
+           out + (lane->row * heads + h) * head_dim, first, length, head_dim, scale, softcap,  \
+           slope, STREAMS, DTYPE)
 #define ATTEND_IN(DTYPE)                                                                      \
     if (many)                                                                                 \
         ATTEND(MANY_STREAMS, DTYPE);                                                          \
@@ -261,11 +286,20 @@ void decode_attention(const struct strided views[3], float *out, const struct la
         ATTEND(FEW_STREAMS, DTYPE);                                                           \
     break
         const int many = 2 * streams > FEW_STREAMS + MANY_STREAMS;
-        for (ptrdiff_t h = of * group; h < (of + 1) * group; h++)
+        for (ptrdiff_t h = of * group; h < (of + 1) * group; h++) {
+            const float slope = slopes ? slopes[h] : 0.0f;
+            ptrdiff_t first = length - seen;
+            if (slope > 0.0f && softcap == 0.0f) {
+                const float *row = query.data + h * query.head + lane->row * query.row;
+                const ptrdiff_t heard =
+                    first_heard(row, new_key, *key_norm, length, head_dim, scale, slope);
+                first = heard > first ? heard : first;
+            }
             switch (dtype) { /* here, for the same reason as in any_tile */
             case FLOAT16: ATTEND_IN(FLOAT16);
             case BFLOAT16: ATTEND_IN(BFLOAT16);
             default: ATTEND_IN(FLOAT32);
             }
+        }
     }
 }

@@ -162,3 +162,29 @@ def test_lanes_that_cannot_be_copied_leave_nothing(monkeypatch: pytest.MonkeyPat
     with pytest.raises(MemoryError):
         cache.reorder([1, 1])
     assert cache.position == 0
+
+
+def test_no_key_is_longer_than_is_known() -> None:
+    def longest(keys: torch.Tensor) -> torch.Tensor:
+        longest: torch.Tensor = keys.norm(dim=2).amax(dim=1)
+        return longest
+
+    lane = LaneCache(SHAPE, 200)
+    assert torch.equal(lane.key_norms(5), torch.zeros(2))
+    first, second = 3 * torch.randn(2, 10, 3), torch.randn(2, 50, 3)
+    lane.append(5, first, first)
+    lane.length = 10
+    assert torch.equal(lane.key_norms(5), longest(first))
+    lane.append(5, second, second)
+    lane.length = 60
+    known = torch.maximum(longest(first), longest(second))
+    assert torch.equal(lane.key_norms(5), known)
+    copy, other = LaneCache(SHAPE, 100), LaneCache(SHAPE, 200)
+    for _ in copy.copy_from(lane, 20, 1 << 20):
+        pass
+    other.become(lane)
+    second[0, 0] = torch.nan
+    lane.append(5, second, second)
+    assert torch.isnan(lane.key_norms(5)[0])
+    for taken in (copy, other):
+        assert torch.equal(taken.key_norms(5), known), "of its own"

@@ -176,14 +176,20 @@ def test_attention_of_rows_that_decode(
     rows = range(1, batch - 1)
     options: dict[str, Any] = {"slopes": slopes, "window": window, "softcap": softcap}
     options["streams"] = None if streams is None else min(streams, library.streams[-1])
-    lanes = CachedLanes(caches, lengths, rows)
+    norms = [
+        keys[:, :length].float().norm(dim=2).amax(dim=1) if length else torch.zeros(cache_heads)
+        for (keys, _), length in zip(caches, lengths, strict=True)
+    ]
+    known = [(*cached, own) for cached, own in zip(caches, norms, strict=True)]
+    lanes = CachedLanes(known, lengths, rows)
     views = query[None], key[None], value[None]
     library.decode_attention(*views, output, lanes, scale=scale, **options)
     assert (output[0] == 7).all()
     assert (output[-1] == 7).all()
-    for (keys, values), length, row in zip(caches, lengths, rows, strict=True):
+    for (keys, values, norm), length, row in zip(known, lengths, rows, strict=True):
         assert torch.equal(keys[:, length], key[:, row].to(dtype))
         assert torch.equal(values[:, length], value[:, row].to(dtype))
+        assert (norm >= keys[:, : length + 1].float().norm(dim=2).amax(dim=1)).all()
         used, group = length + 1, heads // cache_heads
         all_keys = keys[:, :used].double().repeat_interleave(group, dim=0)
         all_values = values[:, :used].double().repeat_interleave(group, dim=0)
@@ -196,8 +202,8 @@ def test_attention_of_rows_that_decode(
             scores[:, : max(0, used - window)] = -torch.inf
         expected = torch.einsum("ht,htd->hd", scores.softmax(dim=-1), all_values)
         # a score's rounding grows with it, and is a weight's relative error
-        tolerance = {"rtol": 1e-4, "atol": 1e-5 * max(1.0, scale)}
-        torch.testing.assert_close(output[row].double(), expected, **tolerance)
+        atol = 1e-5 * max(1.0, scale)
+        torch.testing.assert_close(output[row].double(), expected, rtol=1e-4, atol=atol)
 
 
 def test_what_is_not_finite_stays_visible(library: Native) -> None:
@@ -205,7 +211,7 @@ def test_what_is_not_finite_stays_visible(library: Native) -> None:
     for bad in (query, key, value):
         kept = bad.clone()
         bad[1, 0, 3] = torch.nan
-        cache = normal(2, 64, 8, seed=4), normal(2, 64, 8, seed=5)
+        cache = normal(2, 64, 8, seed=4), normal(2, 64, 8, seed=5), torch.full((2,), 100.0)
         output = torch.zeros(1, 2, 8)
         lanes = CachedLanes([cache], [40], [0])
         views = query[None], key[None], value[None]
@@ -214,6 +220,20 @@ def test_what_is_not_finite_stays_visible(library: Native) -> None:
         if bad is not key:  # a key that is NaN comes with such a value
             assert torch.isnan(output[0, 1]).any()
         bad.copy_(kept)
+
+
+def test_what_no_query_can_hear_is_not_read(library: Native) -> None:
+    """Keys are not longer than is said: what lies behind that bound and ALiBi's distance is left out."""
+    query, key, value = (normal(1, 1, 32, seed=seed)[None] for seed in (3, 4, 5))
+    keys, values = normal(1, 2001, 32, seed=1), normal(1, 2001, 32, seed=2)
+    keys[:, :1000], values[:, :1000] = 1e3 * query[0, 0], 7.0  # as loud as can be, far away
+    loudest = float(keys[:, :2000].norm(dim=2).amax())
+    for said, heard in ((10.0, False), (loudest, True), (math.inf, True)):
+        output = torch.zeros(1, 1, 32)
+        lanes = CachedLanes([(keys, values, torch.tensor([said]))], [2000], [0])
+        slopes = torch.tensor([0.3])
+        library.decode_attention(query, key, value, output, lanes, scale=1.0, slopes=slopes)
+        assert torch.allclose(output, torch.tensor(7.0)) == heard
 
 
 def test_what_does_not_fit_is_refused(library: Native) -> None:
