@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import quantiles
 
 import numpy as np
 import platformdirs
@@ -41,13 +42,14 @@ _COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c11")
 _COMPILE_SECONDS = 120.0
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
 """``enum dtype``; NF4 are unsigned bytes here."""
-_LARGE = 1 << 22
-"""Weights of a matrix that no cache holds for long: only for those does it matter how memory is read."""
 _FEW_STREAMS = 4
-"""Where all matrices are small."""
-_PROBE_BYTES = 1 << 26
-_PROBE_INPUTS = 1024
-_PROBE_TURNS = 5
+"""Until it is known what is fastest here."""
+_LARGE = 1 << 22
+"""Bytes of a matrix that no cache holds for long: only there does it matter how memory is read."""
+_TRIALS = 61
+"""Of each number of streams, before one is chosen."""
+_PRODUCTS = 10_000
+"""Of one row by a large matrix, until all are tried again: the first time may have been a bad one."""
 
 _void, _size, _int, _float = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_float
 
@@ -86,6 +88,11 @@ class PackedMatrix:
     """``[panels, groups, panel]``, float32."""
     group: int = 0
     """Inputs that share a scale; 0 without scales."""
+
+    @functools.cached_property
+    def large(self) -> bool:
+        """Whether it matters how it is read."""
+        return self.scales is None and self.data.nbytes >= _LARGE
 
     @functools.cached_property
     def described(self) -> object:
@@ -159,19 +166,12 @@ class Native:
         self.streams = tuple(sorted({2, _FEW_STREAMS, most}))
         """What ``multiply`` may be given as such."""
         self._streams = _FEW_STREAMS
-        self._tried = False
+        self._trials: dict[int, list[float]] = {number: [] for number in self.streams}
+        """Seconds a byte of one row's products."""
+        self._settled = 0
+        """Products until they are tried again."""
         self._multiply = library.multiply
-        self._multiply.argtypes = [
-            *[_void] * 3,
-            _int,
-            _void,
-            _size,
-            _void,
-            _size,
-            _void,
-            _size,
-            _int,
-        ]
+        self._multiply.argtypes = [*[_void] * 3, _int, *[_void, _size] * 3, _int]
         self._multiply.restype = None
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int, _int]
@@ -195,9 +195,6 @@ class Native:
     def _packed(
         self, weight: torch.Tensor, scales: torch.Tensor | None = None, *, group: int = 0
     ) -> PackedMatrix:
-        if not self._tried and weight.numel() >= _LARGE:
-            self._tried = True
-            self._streams = self._fastest_streams()
         (features, inputs), panel = weight.shape, self._panel
         panels = -(-features // panel)
         nibbles = weight.dtype == torch.uint8
@@ -213,24 +210,21 @@ class Native:
             scales = padded.view(panels, panel, -1).transpose(1, 2).contiguous()
         return PackedMatrix(features, inputs, panels * panel, data, scales, group)
 
-    def _fastest_streams(self) -> int:
-        """How many panels of 16 bits one row reads side by side: processors differ by a quarter.
+    def _tried(self, streams: int, seconds: float) -> None:
+        """Take a sample; when there are enough, decide.
 
-        One did best with eight (Xeon of 2.8 GHz), another with two (EPYC, Zen 5), in attention, too.
-        Takes 30 ms.
+        How many panels one row should read side by side differs by processor: a Xeon was fastest with
+        eight, an EPYC (Zen 5) by a quarter with two, in attention, too. Tried in turns and on what has
+        to be computed anyway, noise hits all alike, and nothing has to wait.
         """
-        panels = _PROBE_BYTES // (_PROBE_INPUTS * self._panel * torch.float16.itemsize)
-        data = torch.ones((panels, _PROBE_INPUTS, self._panel), dtype=torch.float16)
-        features = panels * self._panel
-        matrix = PackedMatrix(features, _PROBE_INPUTS, features, data)
-        row, out = torch.ones(1, _PROBE_INPUTS), torch.empty(1, features)
-        least = dict.fromkeys(self.streams, math.inf)
-        for _ in range(_PROBE_TURNS):  # in turns: noise is to hit all alike
-            for streams in least:
-                begin = time.perf_counter()
-                self.multiply(row, matrix, None, out=out, streams=streams)
-                least[streams] = min(least[streams], time.perf_counter() - begin)
-        return min(least, key=least.__getitem__)
+        self._trials[streams].append(seconds)
+        if all(len(samples) >= _TRIALS for samples in self._trials.values()):
+            # Others' use of the memory makes half of the samples long, at times.
+            good = {number: quantiles(samples)[0] for number, samples in self._trials.items()}
+            self._streams = min(good, key=good.__getitem__)
+            self._trials = {number: [] for number in self.streams}
+            self._settled = _PRODUCTS
+            logger.debug("memory is read in %d streams", self._streams)
 
     def _chosen(self, streams: int | None) -> int:
         if streams is None:
@@ -283,6 +277,14 @@ class Native:
             if whole and (row := _between_rows(residual)):
                 added, added_row = residual, row
         packed = x.new_empty(min(count, self._block_rows) * inputs) if count > 1 else None
+        trying = False
+        if count == 1 and streams is None and weight.large:
+            trying = self._settled == 0
+            if trying:
+                streams = min(self._trials, key=lambda number: len(self._trials[number]))
+            else:
+                self._settled -= 1
+        begin = time.perf_counter()
         self._multiply(
             weight.described,
             x.data_ptr(),
@@ -296,6 +298,8 @@ class Native:
             count,
             self._chosen(streams),
         )
+        if trying and streams is not None:
+            self._tried(streams, (time.perf_counter() - begin) / weight.data.nbytes)
         if not whole:
             output = output[..., :features]
         if residual is not None and added is None:

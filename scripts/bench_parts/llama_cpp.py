@@ -31,6 +31,9 @@ from .swarm import Prompts, write_locally
 
 BENCH, SERVER = "llama-bench", "ggml-rpc-server"
 SERVERS = 2
+SHARED = f"text by {SERVERS} processes, theirs being RPC servers"
+TEXT = "text by one process"
+PROMPT = "prompt by one process"
 AT_LEAST = 1.0
 """Of its speed over as many servers as we have processes, at equal bits."""
 MODES = ((AUTO, 16), (INT8, 8), (NF4, 4))
@@ -67,65 +70,61 @@ async def measure(
 ) -> None:
     """One process and two, ours and theirs, in turns."""
     folder, tokens = settings.folder(size, report), 4 if settings.quick else TOKENS
-    label = f"{mode_label(size, folder, mode)}, {bits} bit"
-    length = settings.lengths[0]
+    label, length = f"{mode_label(size, folder, mode)}, {bits} bit", settings.lengths[0]
     report.say(f"{label}: starting {SERVERS} processes each")
-    quantized = ("--quantization", mode.quantization)
-    async with loopback_swarm(folder, SERVERS, mode.dtype, options=quantized) as swarm:
+    options = ("--quantization", mode.quantization)
+    taken: dict[str, list[tuple[float, float]]] = {SHARED: [], TEXT: [], PROMPT: []}
+    async with loopback_swarm(folder, SERVERS, mode.dtype, options=options) as swarm:
         with (
             Local(folder, mode, ends=True) as local,
             tempfile.TemporaryDirectory(prefix="petals-bench-") as made,
             rpc_servers() as servers,
         ):
-            path = pathlib.Path(made, "model.gguf")
-            await trio.to_thread.run_sync(write_gguf, folder, path, bits)
+            rival = LlamaCpp(pathlib.Path(made, "model.gguf"))
+            await trio.to_thread.run_sync(write_gguf, folder, rival.path, bits)
             prompts = Prompts(local.checkpoint.vocab_size)
             session = local.open(length + tokens + 1)
-            taken: dict[str, list[float]] = {}
             for turn in range(settings.rounds + 1):
                 write = partial(write_locally, session, prompts.new(length), tokens)
-                speeds = {
-                    "ours": 1 / (await trio.to_thread.run_sync(write)).token,
-                    "theirs": await trio.to_thread.run_sync(llama_bench, path, length, tokens, ()),
-                    "our swarm": 1 / (await swarm.write(prompts.new(length), tokens)).token,
-                    "their servers": await trio.to_thread.run_sync(
-                        llama_bench, path, length, tokens, servers
-                    ),
-                }
+                alone = await trio.to_thread.run_sync(write)
+                decoded = await trio.to_thread.run_sync(rival.decode, length, tokens)
+                prefilled = await trio.to_thread.run_sync(rival.prefill, length)
+                together = await swarm.write(prompts.new(length), tokens)
+                shared = await trio.to_thread.run_sync(rival.decode, length, tokens, servers)
                 if turn:
-                    for name, speed in speeds.items():
-                        taken.setdefault(name, []).append(speed)
+                    taken[SHARED].append((1 / together.token, shared))
+                    taken[TEXT].append((1 / alone.token, decoded))
+                    taken[PROMPT].append((length / alone.first_token, prefilled))
             session.close()
-    median = {name: statistics.median(speeds) for name, speeds in taken.items()}
-    name = f"one session, KV {length}"
-    report.ahead(
-        f"{label}: {SERVERS} processes, {name}",
-        median["our swarm"],
-        "tokens/s",
-        f"llama.cpp, {SERVERS} RPC servers",
-        median["their servers"],
-        AT_LEAST,
-    )
-    report.ahead(
-        f"{label}: one process, {name}",
-        median["ours"],
-        "tokens/s",
-        "llama.cpp, one process",
-        median["theirs"],
-    )
+    for what, speeds in taken.items():
+        ours, theirs = (statistics.median(one) for one in zip(*speeds, strict=True))
+        aim = AT_LEAST if what == SHARED else None
+        name = f"{label}: {what}, {length} tokens"
+        report.ahead(name, ours, "tokens/s", "llama.cpp", theirs, aim)
 
 
-def llama_bench(path: pathlib.Path, length: int, tokens: int, servers: Sequence[str]) -> float:
-    """Tokens a second that it decodes behind ``length`` tokens; here, or at ``servers``."""
-    command = [BENCH, "-m", str(path), "-p", "0", "-n", str(tokens), "-d", str(length)]
-    command += ["-t", THREADS, "-r", "1", "-o", "json"]
-    if servers:
-        command += ["--rpc", ",".join(servers), "-ngl", "999"]
-    done = subprocess.run(command, capture_output=True, check=False, timeout=RUN_SECONDS)
-    if done.returncode:
-        raise SystemExit(f"llama-cpp: {done.stderr.decode(errors='replace').strip()}")
-    speed: float = json.loads(done.stdout)[0]["avg_ts"]
-    return speed
+class LlamaCpp:
+    """``llama-bench`` on a GGUF file; speeds in tokens a second."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+
+    def prefill(self, length: int) -> float:
+        """A prompt of ``length`` tokens."""
+        return self._run("-p", str(length), "-n", "0")
+
+    def decode(self, length: int, tokens: int, servers: Sequence[str] = ()) -> float:
+        """``tokens`` behind ``length``; at RPC ``servers``, if there are any."""
+        at = ["--rpc", ",".join(servers), "-ngl", "999"] if servers else []
+        return self._run("-p", "0", "-n", str(tokens), "-d", str(length), *at)
+
+    def _run(self, *asked: str) -> float:
+        command = [BENCH, "-m", str(self.path), *asked, "-t", THREADS, "-r", "1", "-o", "json"]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=RUN_SECONDS)
+        if done.returncode:
+            raise SystemExit(f"llama-cpp: {done.stderr.decode(errors='replace').strip()}")
+        speed: float = json.loads(done.stdout)[0]["avg_ts"]
+        return speed
 
 
 @contextlib.contextmanager

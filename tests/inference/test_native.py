@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from petals.inference import native as module
-from petals.inference.native import CachedLanes, Native, NativeError, native
+from petals.inference.native import CachedLanes, Native, NativeError, native, open_native
 from petals.inference.quantizing import NF4_GROUP, NF4_LEVELS, Int8Weights, Nf4Weights
 from torch.nn import functional as F
 
@@ -54,6 +54,17 @@ def test_rows_times_a_matrix(
         assert torch.equal(alone, apart), "nor on how memory is read"
     with pytest.raises(ValueError, match="streams"):
         library.multiply(x, packed, bias, streams=3)
+
+
+@pytest.mark.usefixtures("library")
+def test_products_are_the_same_while_it_is_tried_how_memory_is_read_fastest() -> None:
+    library = open_native()  # which has tried nothing yet
+    packed = library.pack(normal(4096, 512).half())
+    assert packed.large
+    x = normal(1, 512, seed=1)
+    expected = library.multiply(x, packed, None, streams=4)
+    for _ in range(250):
+        assert torch.equal(library.multiply(x, packed, None), expected)
 
 
 @given(
