@@ -171,7 +171,8 @@ class Native:
         self._settled = 0
         """Products until they are tried again."""
         self._multiply = library.multiply
-        self._multiply.argtypes = [*[_void] * 3, _int, *[_void, _size] * 3, _int]
+        self._multiply.argtypes = [*[_void] * 3, _int, _void, _size]
+        self._multiply.argtypes += [_void, _size, _void, _size, _int]
         self._multiply.restype = None
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int, _int]
