@@ -122,7 +122,7 @@ class LaneCache:
         cached_keys, cached_values = self.make_room(block, keys.shape[1])
         cached_keys[:, self.length : total] = keys
         cached_values[:, self.length : total] = values
-        if self.device.type == "cpu":  # elsewhere nobody asks
+        if keys.shape[1] and self.device.type == "cpu":  # elsewhere nobody asks
             norms = cached_keys[:, self.length : total].float().norm(dim=2).amax(dim=1)
             self._key_norms[block] = torch.maximum(self.key_norms(block), norms)
         return cached_keys[:, :total], cached_values[:, :total]

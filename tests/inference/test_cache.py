@@ -177,6 +177,7 @@ def test_no_key_is_longer_than_is_known() -> None:
     assert torch.equal(lane.key_norms(5), longest(first))
     lane.append(5, second, second)
     lane.length = 60
+    lane.append(5, second[:, :0], second[:, :0])
     known = torch.maximum(longest(first), longest(second))
     assert torch.equal(lane.key_norms(5), known)
     copy, other = LaneCache(SHAPE, 100), LaneCache(SHAPE, 200)
