@@ -1,11 +1,9 @@
 """Connections that break between processes that live: nothing is computed again."""
 
-import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 
 import trio
-from chaos_parts.proxy import Proxy, free_port
 from petals.inference.sampling_params import SamplingParams
 from petals.node.generation import GenerationHandle
 from petals.node.ring import Ring
@@ -18,6 +16,7 @@ from support.processes import (
     idle,
     originating,
 )
+from support.proxies import proxies
 from support.reference import ReferenceModel
 
 SPANS = ("0:4", "4:8")
@@ -27,16 +26,6 @@ FOUR = ("The king", "Who art thou, lord of the house?", "In the beginning was a 
 GREEDY = SamplingParams(max_new_tokens=160)
 SEEDED = SamplingParams(max_new_tokens=160, temperature=0.8, top_p=0.95, seed=5)
 SESSIONS = [(ONE, GREEDY), (FOUR, GREEDY), (ONE, SEEDED), (FOUR, SEEDED)]
-
-
-@contextlib.asynccontextmanager
-async def proxies() -> AsyncIterator[dict[str, Proxy]]:
-    async with trio.open_nursery() as nursery:
-        running = {span: Proxy(free_port()) for span in SPANS}
-        for proxy in running.values():
-            await nursery.start(proxy.run)
-        yield running
-        nursery.cancel_scope.cancel()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -64,7 +53,7 @@ async def test_connections_that_are_cut_cost_a_pause_and_nothing_else(
 ) -> None:
     """The first hop's (ours to it), then the second's (ours, and the first one's), then both."""
     model = random_bloom
-    async with proxies() as running:
+    async with proxies(*SPANS) as running:
         await trio.to_thread.run_sync(tmp_swarm.serve_behind, running, model.name)
         async with originating(tmp_swarm, model.name, patience=60.0) as node:
             before = [await figures_of(node, hop) for hop in tmp_swarm.nodes]

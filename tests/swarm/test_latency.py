@@ -5,10 +5,10 @@ is long; two nodes may have met by the other's dialling, and be near.
 """
 
 import trio
-from chaos_parts.proxy import Proxy, free_port
 from petals.inference.sampling_params import SamplingParams
 from petals.node.node import Node
 from support.processes import DEADLINE, ProcessSwarm, ServingNode, originating
+from support.proxies import proxies
 from support.reference import ReferenceModel
 
 DELAY = 0.15
@@ -30,15 +30,12 @@ async def announced_round_trips(asker: Node, node: ServingNode, *others: str) ->
 async def test_nodes_announce_round_trips_and_routes_take_the_near_one(
     demo: ReferenceModel, tmp_swarm: ProcessSwarm
 ) -> None:
-    proxy = Proxy(free_port())
-    proxy.delay = DELAY
-    async with trio.open_nursery() as nursery:
-        await nursery.start(proxy.run)
+    async with proxies("4:8", delay=DELAY) as behind:
 
         def serve() -> tuple[ServingNode, ...]:
             return (
                 *tmp_swarm.serve(demo.name, "0:4", "4:8"),
-                *tmp_swarm.serve_behind({"4:8": proxy}, demo.name),
+                *tmp_swarm.serve_behind(behind, demo.name),
             )
 
         first, near, far = await trio.to_thread.run_sync(serve)
@@ -55,4 +52,3 @@ async def test_nodes_announce_round_trips_and_routes_take_the_near_one(
                 generation = await node.generate("In the beginning", SHORT)
                 route = [hop.peer_id for hop in generation.route]
                 assert route == [first.peer_id, near.peer_id]
-        nursery.cancel_scope.cancel()

@@ -26,6 +26,7 @@ from support.processes import (
     run_command,
     swarm,
 )
+from support.proxies import proxies
 from support.reference import ReferenceModel
 
 PROMPT = "And it came to pass in those days"
@@ -34,8 +35,11 @@ GREEDY = SamplingParams(max_new_tokens=40)
 SEEDED = SamplingParams(max_new_tokens=40, temperature=0.8, top_p=0.95, seed=11)
 UNSEEDED = dataclasses.replace(SEEDED, seed=None)
 LONG = SamplingParams(max_new_tokens=300, temperature=0.8, seed=7)
-"""Of which a process writes some to its file, once a second, before it has come to the end."""
+HALVES = ("0:4", "4:8")
 WHOLE = "0:8"
+DELAY = 0.005
+"""Seconds on the way to a node: no process comes to the end of 300 tokens before it has written some
+to its file, which it does once a second."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def processes(
     random_bloom: ReferenceModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ProcessSwarm]:
     with swarm(tmp_path_factory.mktemp("swarm")) as running:
-        running.serve(random_bloom.name, "0:4", "4:8")
+        running.serve(random_bloom.name, *HALVES)
         yield running
 
 
@@ -69,17 +73,19 @@ def in_the_middle(file: Path) -> bool:
 
 
 async def test_generate_is_killed(
-    random_bloom: ReferenceModel, processes: ProcessSwarm, tmp_path: Path
+    random_bloom: ReferenceModel, tmp_swarm: ProcessSwarm, tmp_path: Path
 ) -> None:
     model, file = random_bloom, tmp_path / "text"
     options = ("--temperature", "0.8", "--seed", "7", "--resume", str(file))
-    killed = processes.generate(model.name, PROMPT, "--max-new-tokens", "300", *options)
-    await until(lambda: in_the_middle(file) or not killed.running)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, killed.errors
+    async with proxies(*HALVES, delay=DELAY) as behind:
+        await trio.to_thread.run_sync(tmp_swarm.serve_behind, behind, model.name)
+        killed = tmp_swarm.generate(model.name, PROMPT, "--max-new-tokens", "300", *options)
+        await until(lambda: in_the_middle(file) or not killed.running)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL, killed.errors
 
-    arguments = ("generate", "--json", "--bootstrap", processes.address, "--resume", str(file))
-    done = await trio.to_thread.run_sync(lambda: run_command(*arguments))
+        arguments = ("generate", "--json", "--bootstrap", tmp_swarm.address, "--resume", str(file))
+        done = await trio.to_thread.run_sync(lambda: run_command(*arguments))
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
     result = json.loads(last)
@@ -108,7 +114,7 @@ def test_a_program_without_trio(
 
 
 async def test_chat_is_killed_in_the_middle_of_an_answer(
-    random_bloom: ReferenceModel, processes: ProcessSwarm, tmp_path: Path
+    random_bloom: ReferenceModel, tmp_swarm: ProcessSwarm, tmp_path: Path
 ) -> None:
     model, file = random_bloom, tmp_path / "conversation"
     turns = ("Who art thou, lord of the house?", "And whence comest thou?")
@@ -119,9 +125,10 @@ async def test_chat_is_killed_in_the_middle_of_an_answer(
         answers.append(model.generate_from(history, LONG))
         history += answers[-1]
 
-    options = ("chat", "--bootstrap", processes.address, "--resume", str(file))
+    options = ("chat", "--bootstrap", tmp_swarm.address, "--resume", str(file))
     sampling = ("--max-new-tokens", "300", "--temperature", "0.8", "--seed", "7")
-    async with trio.open_nursery() as nursery:
+    async with proxies(*HALVES, delay=DELAY) as behind, trio.open_nursery() as nursery:
+        await trio.to_thread.run_sync(tmp_swarm.serve_behind, behind, model.name)
         chat = await nursery.start(
             partial(
                 trio.run_process,
@@ -135,9 +142,10 @@ async def test_chat_is_killed_in_the_middle_of_an_answer(
         )
         await until(lambda: in_the_middle(file) or chat.returncode is not None)
         chat.kill()
-    assert chat.returncode == -signal.SIGKILL
+        await until(lambda: chat.returncode is not None)
+        assert chat.returncode == -signal.SIGKILL
 
-    done = await trio.to_thread.run_sync(lambda: run_command(*options, text=turns[1] + "\n"))
+        done = await trio.to_thread.run_sync(lambda: run_command(*options, text=turns[1] + "\n"))
     assert done.returncode == 0, done.stderr
     texts = [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     assert done.stdout == "".join(text if text.endswith("\n") else text + "\n" for text in texts)
@@ -207,7 +215,6 @@ async def test_nobody_serves_for_longer_than_patience(
 ) -> None:
     """Everything is kept: in the handle, in the session, in a file, and at the command line."""
     model, tokenizer = random_bloom, random_bloom.tokenizer
-    [only] = tmp_swarm.serve(model.name, WHOLE)
     file, session_file, command_file = (tmp_path / name for name in ("text", "session", "command"))
     said, four = tokenizer(PROMPT)["input_ids"], dataclasses.replace(SEEDED, max_new_tokens=150)
     new: list[int] = []
@@ -216,14 +223,16 @@ async def test_nobody_serves_for_longer_than_patience(
         new.extend(tokens)
         return [False]
 
-    command = tmp_swarm.generate(
-        model.name, PROMPT, "--max-new-tokens", "400", "--resume", str(command_file)
-    )
     async with (
+        proxies(WHOLE, delay=DELAY) as behind,
         originating(tmp_swarm, model.name, patience=0.0) as hasty,
         originating(tmp_swarm, model.name, patience=DEADLINE) as patient,
         hasty.open_session(500) as session,
     ):
+        [only] = await trio.to_thread.run_sync(tmp_swarm.serve_behind, behind, model.name)
+        command = tmp_swarm.generate(
+            model.name, PROMPT, "--max-new-tokens", "400", "--resume", str(command_file)
+        )
         await until(lambda: in_the_middle(command_file))
         fails = await hasty.submit(FOUR, four)
         waits = await patient.submit(FOUR, four)
@@ -256,5 +265,5 @@ async def test_nobody_serves_for_longer_than_patience(
         assert [list(result.token_ids) for result in await resumed.results()] == expected
         await session.go_on(take)
         assert [new] == model.generate((PROMPT,), LONG)
-    assert await trio.to_thread.run_sync(command.wait) == 0, command.errors
-    assert "Going on, after " in command.errors
+        assert await trio.to_thread.run_sync(command.wait) == 0, command.errors
+        assert "Going on, after " in command.errors
