@@ -10,7 +10,6 @@ from ..protocol.codec import FrameDecoder, encode
 from ..protocol.errors import ErrorCode, PeerError, RemoteProtocolError
 from ..protocol.frames import PROTOCOL_VERSION, Failed, Frame, Hello, Refused
 from .network import Network, Stream
-from .wakeup import holding
 
 F = TypeVar("F", bound=Frame)
 
@@ -43,11 +42,13 @@ class FrameStream:
 
     async def send(self, *frames: Frame) -> None:
         """Send the frames in order. Raises PeerError when the stream is broken or stuck."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         buffers = [buffer for frame in frames for buffer in encode(frame)]
-        async with holding(self._send_lock):
-            if self._hello is not None:
-                buffers = encode(self._hello) + buffers
-                self._hello = None
+        if self._sent_now(buffers):
+            return
+        async with self._send_lock:
+            buffers = self._greeting() + buffers
+            self._hello = None
             with trio.move_on_after(SEND_TIMEOUT):
                 await self._stream.send(buffers)
                 return
@@ -56,6 +57,19 @@ class FrameStream:
             code=ErrorCode.TIMEOUT,
             peer_id=self.peer_id,
         )
+
+    def send_now(self, frame: Frame) -> bool:
+        """``send`` without waiting; False: it may have to wait, or fails, and nothing was sent."""
+        return self._sent_now(encode(frame))
+
+    def _sent_now(self, buffers: list[bytes | memoryview]) -> bool:
+        if self._send_lock.locked() or not self._stream.send_now(self._greeting() + buffers):
+            return False
+        self._hello = None
+        return True
+
+    def _greeting(self) -> list[bytes | memoryview]:
+        return [] if self._hello is None else encode(self._hello)
 
     async def receive(self) -> Frame | None:
         """The next frame, or None when the peer has ended the stream between two frames.

@@ -47,7 +47,7 @@ from .libp2p_reachability import ReachabilityKeeper
 from .libp2p_relay import RelayLimits
 from .libp2p_swarm import DialError, GuardedSwarm, HostLimits, is_relayed, key_pair_of
 from .libp2p_yamux import Traffic, yamux_of, yamux_stream_of
-from .libp2p_yamux_stream import YamuxStream
+from .libp2p_yamux_stream import MAX_PAYLOAD, YamuxStream
 from .mdns import LanPeers
 from .network import Counting, NetworkStatistics, Stream, StreamHandler
 from .private import Privacy
@@ -107,6 +107,11 @@ class Libp2pStream:
         finally:
             if not finished:
                 self._stream.reset_now("a message was cut off")
+
+    def send_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
+        """Send what fits one frame, if there is room for it."""
+        size = sum(map(_length, buffers))
+        return size <= MAX_PAYLOAD and self._stream.write_now(b"".join(buffers))
 
     async def receive(self) -> bytes:
         """The next bytes, or b"" at the orderly end; a cancelled call has taken nothing."""
@@ -532,7 +537,7 @@ def _joined(buffers: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryvie
     small: list[bytes | memoryview] = []
     size = 0
     for buffer in buffers:
-        length = buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+        length = _length(buffer)
         if size + length <= _SMALL_SEND:
             small.append(buffer)
             size += length
@@ -546,3 +551,7 @@ def _joined(buffers: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryvie
             yield buffer
     if small:
         yield b"".join(small)
+
+
+def _length(buffer: bytes | memoryview) -> int:
+    return buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)

@@ -8,11 +8,17 @@ Rules of this file: one task reads and one writes; a message that was tampered w
 what is kept of the peer's bytes is what one call of the kernel has brought.
 """
 
+import os
+
 from cryptography.exceptions import InvalidTag
-from libp2p.abc import IRawConnection
+from libp2p.abc import IRawConnection, ISecureConn
 from libp2p.io.abc import EncryptedMsgReadWriter
 from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.security.noise.io import NoiseTransportReadWriter
+from libp2p.security.secure_session import SecureSession
+
+from .libp2p_sockets import BufferedSocket
 
 _LENGTH_BYTES = 2
 _TAG_BYTES = 16
@@ -31,6 +37,9 @@ class NoiseMessages(EncryptedMsgReadWriter):
         self._opening = theirs.noise_state.noise_protocol.cipher_state_decrypt
         self._arrived = memoryview(b"")
         """What the last call of the kernel brought, and was not read yet."""
+        below = conn.stream if type(conn) is RawConnection else None
+        self._socket = below if isinstance(below, BufferedSocket) and os.name == "posix" else None
+        self._unsent = b""
 
     async def read_msg(self) -> bytes:
         """The next message; b"" when the peer has ended the connection between two."""
@@ -45,11 +54,28 @@ class NoiseMessages(EncryptedMsgReadWriter):
     async def write_msg(self, msg: bytes) -> None:
         """Send ``msg``, of any length, as one message or several."""
         view = memoryview(msg)
-        pieces: list[bytes] = []
+        pieces, self._unsent = [self._unsent], b""
         for start in range(0, len(view), MESSAGE_BYTES):
             sealed = self.encrypt(view[start : start + MESSAGE_BYTES])
             pieces += (len(sealed).to_bytes(_LENGTH_BYTES, "big"), sealed)
         await self._raw.write(b"".join(pieces))
+
+    @property
+    def can_write_now(self) -> bool:
+        """Whether there is a ``write_now``: right over a socket."""
+        return self._socket is not None
+
+    def write_now(self, msg: bytes) -> bool:
+        """Send ``msg`` of at most ``MESSAGE_BYTES`` without waiting; whether all of it has left.
+
+        If not, the rest leaves with the next ``write_msg``, which has to come next. Raises
+        ConnectionClosedError.
+        """
+        assert self._socket is not None and not self._unsent
+        sealed = self.encrypt(msg)
+        sealed = len(sealed).to_bytes(_LENGTH_BYTES, "big") + sealed
+        self._unsent = sealed[self._socket.write_now(sealed) :]
+        return not self._unsent
 
     def encrypt(self, data: bytes | memoryview) -> bytes:
         """The next message to be sent."""
@@ -82,3 +108,9 @@ class NoiseMessages(EncryptedMsgReadWriter):
             self._arrived = self._arrived[missing:]
             missing -= len(pieces[-1])
         return b"".join(pieces)
+
+
+def noise_messages_of(conn: ISecureConn) -> NoiseMessages | None:
+    """What a connection of ours reads and writes."""
+    messages = conn.conn if isinstance(conn, SecureSession) else None
+    return messages if isinstance(messages, NoiseMessages) else None

@@ -4,6 +4,7 @@ Each class here is the library's with one or two methods overridden; the docstri
 says what went wrong without it.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -18,7 +19,6 @@ from multiaddr import Multiaddr
 
 from .libp2p_circuit_addresses import is_circuit
 from .libp2p_swarm_key import KeyedConnection
-from .wakeup import holding
 
 _READ_BYTES = 256 * 1024  # four Noise messages: one system call instead of eight
 _LONGEST_READ = 1024 * 1024  # the library asks for at most 64 KiB, unless a peer made it ask
@@ -59,29 +59,43 @@ class ExactReader(ABC):
 class BufferedSocket(ExactReader, TrioTCPStream):
     """A socket that asks the kernel once for several Noise messages.
 
-    The library's own ``read`` and ``write`` wait for a turn of the loop to take a lock that is free,
-    for every message.
+    One task reads and one writes, so that nobody takes a lock: the library's own ``read`` and ``write``
+    wait for a turn of the loop to do so, for every message.
     """
 
     async def write(self, data: bytes) -> None:
         """Send ``data``; nothing on a socket that we have closed ourselves."""
-        async with holding(self.write_lock):
-            try:
-                await self.stream.send_all(data)
-            except trio.BrokenResourceError as error:
-                raise ConnectionClosedError(f"the peer broke the connection: {error}") from error
-            except trio.ClosedResourceError:
-                return
+        try:
+            await self.stream.send_all(data)
+        except trio.BrokenResourceError as error:
+            raise _broken(error) from error
+        except trio.ClosedResourceError:
+            return
+
+    def write_now(self, data: bytes) -> int:
+        """Send as much as the kernel takes without waiting, which may be nothing; how many bytes.
+
+        Not while ``write`` is running. Raises ConnectionClosedError.
+        """
+        try:
+            return os.write(self.stream.socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise _broken(error) from error
 
     async def _receive(self) -> bytes:
         """What the kernel has; b"" at the end, and on a socket that we have closed ourselves."""
-        async with holding(self.read_lock):
-            try:
-                return bytes(await self.stream.receive_some(_READ_BYTES))
-            except trio.BrokenResourceError as error:
-                raise ConnectionClosedError(f"the peer broke the connection: {error}") from error
-            except trio.ClosedResourceError:
-                return b""
+        try:
+            return bytes(await self.stream.receive_some(_READ_BYTES))
+        except trio.BrokenResourceError as error:
+            raise _broken(error) from error
+        except trio.ClosedResourceError:
+            return b""
+
+
+def _broken(error: Exception) -> ConnectionClosedError:
+    return ConnectionClosedError(f"the peer broke the connection: {error}")
 
 
 class GuardedTcp(TCP):

@@ -9,7 +9,8 @@ Rules of this file:
 
 - One task reads the connection and one writes it, and nobody cancels them except to close the
   connection. Everyone else only touches queues, and between the last await of a call and its effect
-  there is none, so a cancelled call either happened or did not.
+  there is none, so a cancelled call either happened or did not. A small frame that finds the queues
+  empty leaves at once, without a turn of the loop: the writing task sleeps then.
 - Whatever arrives is handled without awaiting: a slow stream cannot hold up the others.
 - Whatever a peer can make grow has a bound (``YamuxLimits``); breaking one closes the connection.
 """
@@ -26,7 +27,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamErro
 from multiaddr import Multiaddr
 
 from ..protocol.admission import OPENS_AT_ONCE, Pace
-from .libp2p_noise import MESSAGE_BYTES
+from .libp2p_noise import MESSAGE_BYTES, noise_messages_of
 from .libp2p_yamux_stream import (
     ACK,
     DATA,
@@ -49,6 +50,9 @@ PROTOCOL_ID = "/yamux/1.0.0"
 _QUEUED_DATA_FRAMES = 8  # half a MiB: enough to keep the writer busy, little for others to wait for
 _QUEUED_FRAMES = 4096  # all kinds; only a peer that provokes replies and reads none gets there
 _WRITE_BYTES = 4 * MESSAGE_BYTES  # a system call costs as much as encrypting half a message
+_AT_ONCE = (
+    32 * 1024
+)  # a step of the largest model; encrypting it takes less than a turn of the loop
 _FLUSH_SECONDS = 0.5  # what an orderly close waits for queued frames to leave
 
 
@@ -94,7 +98,9 @@ class YamuxConnection(IMuxedConn):
         self._extra_window = 0
         self._ordered: deque[tuple[bytes, bool]] = deque()  # (frame, whether it holds a slot)
         self._urgent: deque[bytes] = deque()
-        self._work = trio.Event()
+        self._work = trio.Event()  # not set while the writing task waits for something to write
+        self._work.set()
+        self._messages = noise_messages_of(conn)
         self._closing = False
         self._peer_leaves = False
         self._scope = trio.CancelScope()
@@ -200,7 +206,8 @@ class YamuxConnection(IMuxedConn):
         # The one copy: the caller may reuse its memory as soon as we return.
         self._ordered.append((b"".join((header, payload)), True))
         self.traffic.sent[stream.protocol] += len(payload)
-        self._work.set()
+        if len(payload) > _AT_ONCE or self._work.is_set() or not self._written_now():
+            self._work.set()
 
     def queue_control(self, kind: int, flags: int, stream_id: int) -> None:
         """Queue a frame that must stay behind the data queued before it."""
@@ -255,7 +262,7 @@ class YamuxConnection(IMuxedConn):
             logger.warning("closing the connection to %s: %s", self.peer_id, error)
             self._stop(f"the peer broke the protocol: {error}")
         except Exception as error:  # noqa: BLE001 - whatever it is, this connection is lost
-            self._stop(f"the connection was lost ({str(error) or type(error).__name__})")
+            self._lost(error)
 
     async def _write(self) -> None:
         try:
@@ -268,7 +275,17 @@ class YamuxConnection(IMuxedConn):
                     await self._work.wait()
                 await self.secured_conn.write(self._next_frames())
         except Exception as error:  # noqa: BLE001 - whatever it is, this connection is lost
-            self._stop(f"the connection was lost ({str(error) or type(error).__name__})")
+            self._lost(error)
+
+    def _written_now(self) -> bool:
+        """Write the frame that was just queued, while the writing task waits; whether all has left."""
+        if self._messages is None or not self._messages.can_write_now:
+            return False
+        try:
+            return self._messages.write_now(self._next_frames())
+        except Exception as error:  # noqa: BLE001 - whatever it is, this connection is lost
+            self._lost(error)
+            return True
 
     async def _keep_alive(self) -> None:
         silent = 0
@@ -286,6 +303,9 @@ class YamuxConnection(IMuxedConn):
         self._stop("the peer has stopped answering")
 
     # Inner workings
+
+    def _lost(self, error: Exception) -> None:
+        self._stop(f"the connection was lost ({str(error) or type(error).__name__})")
 
     def _stop(self, reason: str) -> None:
         if not self.is_closed:

@@ -167,6 +167,18 @@ class YamuxStream(IMuxedStream):
             connection.queue_data(self, view[:size])
             view = view[size:]
 
+    def write_now(self, data: bytes) -> bool:
+        """``write`` without waiting; False: there is no room for all of it, and nothing was queued."""
+        if self._reset or self._local_closed or len(data) > min(self._sendable, MAX_PAYLOAD):
+            return False
+        try:
+            self.muxed_conn.data_slots.acquire_nowait()
+        except trio.WouldBlock:
+            return False
+        self._sendable -= len(data)
+        self.muxed_conn.queue_data(self, memoryview(data))
+        return True
+
     async def close(self) -> None:
         """Close both directions; what still arrives is answered with a reset."""
         self.close_now()

@@ -50,6 +50,13 @@ class Stream(Protocol):
         """
         ...
 
+    def send_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
+        """``send`` without waiting; False: it may have to wait, or fails, and nothing was sent.
+
+        Not while ``send`` is running.
+        """
+        ...
+
     async def receive(self) -> bytes:
         """The next bytes, at least one, or b"" when the peer has closed its side in an orderly way.
 

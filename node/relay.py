@@ -8,8 +8,8 @@ stream, the predecessor's link, whose handler only feeds the hop; so a link may 
 without the session noticing.
 
 A token costs few turns of the event loop, as each of them is paid at every hop: a step goes to the
-engine in the turn in which its frame was read, and its result goes into the log and wakes the task
-that sends it in the turn in which torch's thread has given it.
+engine in the turn in which its frame was read, and its result goes into the log and onto the wire in
+the turn in which torch's thread has given it. A task sends what cannot leave at once.
 """
 
 import collections
@@ -115,8 +115,12 @@ class RelayedSession:
         self.hop = hop
         self.ticket = ticket
         self._submit = submit
-        self.changed = Signal()
-        """There may be something to send, or room for steps."""
+        self.due = Signal()
+        """There may be something to send."""
+        self.room = Signal()
+        """There may be room for steps."""
+        self.send_now: Callable[[], bool] = _nothing_sent
+        """Send what is due without waiting for anything; whether nothing is left to be sent."""
         self.steps: collections.deque[Compute] = collections.deque()
         """In the engine."""
         self.scope = trio.CancelScope()
@@ -151,7 +155,9 @@ class RelayedSession:
             elif isinstance(effect, DialSuccessor):
                 self.successor_scope.cancel()
         if not isinstance(event, Step):  # which has changed nothing yet
-            self.changed.notify()
+            self.room.notify()
+            if not self.send_now():
+                self.due.notify()
         return replies
 
     def reopen(self, opened: Open, control: FrameStream) -> None:
@@ -160,6 +166,7 @@ class RelayedSession:
         self.control_taken.set()
         self.control_taken = trio.Event()
         self.control_scope.cancel()  # an older stream, if it has not broken yet
+        self.send_now = _nothing_sent  # which may be on that stream
         self.receive(Reopened(opened))
         if self.hop.successor is None:
             self.successor_scope.cancel()  # outputs go to the new stream
@@ -515,15 +522,30 @@ class Relay:
         await trio.sleep_forever()
 
     async def _send_outgoing(self, session: RelayedSession, stream: FrameStream, rows: int) -> None:
-        scope = session.successor_scope
-        while True:
+        scope, taken = session.successor_scope, collections.deque[Frame]()
+
+        def send_now() -> bool:
             # What is due is due on the newest stream: a task that was woken and cancelled in the same
             # tick must not take it along.
-            outgoing = None if scope.cancel_called else session.hop.next_outgoing(rows)
-            if outgoing is None:
-                await session.changed.wait()
-            else:
-                await stream.send(outgoing)
+            while not taken and not scope.cancel_called:
+                outgoing = session.hop.next_outgoing(rows)
+                if outgoing is None:
+                    return True
+                if not stream.send_now(outgoing):
+                    taken.append(outgoing)
+            return False
+
+        try:
+            while True:
+                if send_now():
+                    session.send_now = send_now
+                    await session.due.wait()
+                elif taken:
+                    await stream.send(taken.popleft())
+                else:
+                    await trio.sleep_forever()
+        finally:
+            session.send_now = _nothing_sent
 
     async def _link_successor(self, session: RelayedSession, successor: Peer, rows: int) -> None:
         """Keep a link to ``successor`` until it is relinked (which cancels this)."""
@@ -599,7 +621,7 @@ class Relay:
     async def _read_link(self, session: RelayedSession, stream: FrameStream) -> None:
         while True:
             while len(session.steps) >= QUEUED_STEPS:
-                await session.changed.wait()
+                await session.room.wait()
             while session.ticket.backlogged:
                 await self._drained.wait()
             frame = await stream.receive()
@@ -609,6 +631,10 @@ class Relay:
                 raise RemoteProtocolError(f"{frame.KIND} has no place on a link")
             for reply in session.receive(frame):
                 await stream.send(reply.frame)
+
+
+def _nothing_sent() -> bool:
+    return False
 
 
 async def _say(stream: FrameStream, frame: Refused | Failed) -> None:

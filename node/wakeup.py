@@ -1,7 +1,7 @@
 """Small bridges over trio.
 
-A wake-up for tasks that share state, a nursery whose one failure stays one exception, locks that do
-not cost a turn of the loop, and waits for a worker thread's future.
+A wake-up for tasks that share state, a nursery whose one failure stays one exception, and waits for a
+worker thread's future.
 """
 
 import contextlib
@@ -57,19 +57,6 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(inner)
     else:
         yield error
-
-
-@contextlib.asynccontextmanager
-async def holding(lock: trio.Lock | trio.Semaphore) -> AsyncIterator[None]:
-    """Hold ``lock``. One that is free is taken at once: trio's ``async with`` waits for a turn."""
-    try:
-        lock.acquire_nowait()
-    except trio.WouldBlock:
-        await lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def when_done(future: "Future[T]", callback: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 import pytest
 import trio
 import trio.testing
-from petals.node.wakeup import holding, open_flat_nursery, wait_future, when_done
+from petals.node.wakeup import open_flat_nursery, wait_future, when_done
 from petals.protocol.errors import NoRoute, PeerError
 
 
@@ -82,22 +82,3 @@ async def test_nobody_is_told_when_trio_has_ended() -> None:
 
     await trio.to_thread.run_sync(trio.run, main)
     future.set_result(7)
-
-
-async def test_a_free_lock_costs_no_turn_of_the_loop_and_a_held_one_is_waited_for() -> None:
-    lock = trio.Lock()
-    order = []
-
-    async def second() -> None:
-        async with holding(lock):
-            order.append("second")
-
-    async with trio.open_nursery() as nursery:
-        with trio.testing.assert_no_checkpoints():
-            async with holding(lock):
-                nursery.start_soon(second)
-                order.append("first")
-        async with holding(lock):
-            await trio.testing.wait_all_tasks_blocked()
-            order.append("third")
-    assert order == ["first", "third", "second"]

@@ -73,6 +73,13 @@ class MemoryStream:
             if not finished:
                 self.reset("a message was cut off")
 
+    def send_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
+        pipe, data = self._outgoing, b"".join(buffers)
+        if pipe.size >= WINDOW_BYTES or len(data) > PIECE_BYTES or pipe.broken or pipe.ended:
+            return False
+        self._put(data)
+        return True
+
     async def _send_one(self, data: bytes) -> None:
         pipe = self._outgoing
         for start in range(0, len(data), PIECE_BYTES):
@@ -80,11 +87,14 @@ class MemoryStream:
                 await pipe.wait()
             if pipe.broken or pipe.ended:
                 raise self._error(pipe.broken or "the stream is closed for sending")
-            piece = data[start : start + PIECE_BYTES]
-            pipe.pieces.append(piece)
-            pipe.size += len(piece)
-            pipe.news.set()
-            self._count.sent += len(piece)
+            self._put(data[start : start + PIECE_BYTES])
+
+    def _put(self, piece: bytes) -> None:
+        pipe = self._outgoing
+        pipe.pieces.append(piece)
+        pipe.size += len(piece)
+        pipe.news.set()
+        self._count.sent += len(piece)
 
     async def receive(self) -> bytes:
         pipe = self._incoming
