@@ -145,7 +145,9 @@ class Plan:
         """fp32 ``[heads]`` of ALiBi."""
         self._decoding: list[tuple[LaneCache, int]] = []
         """Lanes that go together, each with its row."""
-        self._cached: dict[int, CachedLanes] = {}
+        self.decoding: CachedLanes | None = None
+        """What those rows have cached in the blocks that were prepared; None if there are none."""
+        self._first_block = 0
         self.looped: list[_Lane] = []
         """Lanes that go one by one."""
         together = bias is None or bias.slopes is not None
@@ -158,21 +160,21 @@ class Plan:
                 self.looped.append(_Lane(lane, first, bias))
             first += lane.rows
 
-    def prepare(self, blocks: Sequence[int]) -> None:
+    def prepare(self, blocks: range) -> None:
         """Make room in the caches of ``blocks`` for the rows that decode, all at once."""
         if not self._decoding:
             return
-        lengths = [cache.length for cache, _ in self._decoding]
-        rows = [row for _, row in self._decoding]
-        for block in blocks:
-            caches = [
-                (*cache.make_room(block, 1), cache.key_norms(block)) for cache, _ in self._decoding
-            ]
-            self._cached[block] = CachedLanes(caches, lengths, rows)
+        self._first_block = blocks.start
+        self.decoding = CachedLanes(
+            [cache.memory(blocks, 1) for cache, _ in self._decoding],
+            [cache.length for cache, _ in self._decoding],
+            [row for _, row in self._decoding],
+            self._decoding[0][0].dtype,
+        )
 
-    def decoding(self, block: int) -> CachedLanes | None:
-        """What those rows have cached in a block that was prepared; None if there are none."""
-        return self._cached[block] if self._decoding else None
+    def prepared(self, block: int) -> int:
+        """The place of ``block`` among those that were prepared."""
+        return block - self._first_block
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """int64 ``[1, rows]``: where in its lane each row is."""
@@ -204,8 +206,7 @@ def ragged_attention(
     """
     _, heads, rows, head_dim = query.shape
     output = query.new_empty((rows, heads, head_dim))
-    decoding = plan.decoding(block)
-    if decoding is not None:
+    if plan.decoding is not None:
         library = native()
         assert library is not None
         library.decode_attention(
@@ -213,7 +214,8 @@ def ragged_attention(
             key,
             value,
             output,
-            decoding,
+            plan.decoding,
+            plan.prepared(block),
             scale=scale,
             slopes=plan.slopes,
             window=window,

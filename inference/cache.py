@@ -17,9 +17,11 @@ pages cost about 2 % of a prefill.
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..protocol.errors import CacheFull, LocalProtocolError
+from .native import IntArray, lane_memory
 
 _LEAST_GROWTH = 32
 """Tokens; room for twice as many is made at most, or for a quarter of those that are there."""
@@ -55,6 +57,7 @@ class LaneCache:
         self._expected = 0
         self._blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._key_norms: dict[int, torch.Tensor] = {}
+        self._memory: IntArray = np.zeros((0, 4), np.int64)  # of each block, once it has any
 
     def expect(self, length: int) -> None:
         """The cache will soon hold ``length`` tokens: when it next grows, it grows to that."""
@@ -73,7 +76,7 @@ class LaneCache:
             with torch.inference_mode():  # as in a round; never across a yield
                 for own, theirs in zip(self._room(block, length), cached, strict=True):
                     own[:, :length] = theirs[:, :length]
-                self._key_norms[block] = other.key_norms(block).clone()
+                self.key_norms(block).copy_(other.key_norms(block))
             copied += self._shape.bytes_per_token * length
             if copied >= at_once:
                 copied = 0
@@ -86,7 +89,7 @@ class LaneCache:
         for block, cached in other._blocks.items():
             for own, theirs in zip(self._room(block, other.length), cached, strict=True):
                 own[:, : other.length] = theirs[:, : other.length]
-            self._key_norms[block] = other.key_norms(block).clone()
+            self.key_norms(block).copy_(other.key_norms(block))
         self.length = other.length
 
     def shrink(self, at_once: int) -> Generator[None, None, None]:
@@ -100,7 +103,8 @@ class LaneCache:
                 continue
             kept = slice(0, self.length)
             with torch.inference_mode():
-                self._blocks[block] = (
+                self._hold(
+                    block,
                     keys[:, kept].clone(memory_format=torch.contiguous_format),
                     values[:, kept].clone(memory_format=torch.contiguous_format),
                 )
@@ -124,7 +128,7 @@ class LaneCache:
         cached_values[:, self.length : total] = values
         if keys.shape[1] and self.device.type == "cpu":  # elsewhere nobody asks
             norms = cached_keys[:, self.length : total].float().norm(dim=2).amax(dim=1)
-            self._key_norms[block] = torch.maximum(self.key_norms(block), norms)
+            torch.maximum(known := self.key_norms(block), norms, out=known)
         return cached_keys[:, :total], cached_values[:, :total]
 
     def make_room(self, block: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,10 +137,26 @@ class LaneCache:
         There is room for ``rows`` tokens behind ``length``, which the caller writes; who writes keys
         raises ``key_norms``.
         """
+        return self._room(block, self._with(rows))
+
+    def memory(self, blocks: range, rows: int) -> IntArray:
+        """``make_room`` in consecutive ``blocks``: for each its ``lane_memory``, int64 ``[blocks, 4]``.
+
+        Good until a block next grows or shrinks.
+        """
+        total = self._with(rows)
+        memory = self._memory[blocks.start : blocks.stop]
+        if len(memory) < len(blocks) or memory[:, 3].min() < total:
+            for block in blocks:
+                self._room(block, total)
+            memory = self._memory[blocks.start : blocks.stop]
+        return memory
+
+    def _with(self, rows: int) -> int:
         total = self.length + rows
         if total > self._max_tokens:
             raise LocalProtocolError(f"{total} tokens in a cache reserved for {self._max_tokens}")
-        return self._room(block, total)
+        return total
 
     def key_norms(self, block: int) -> torch.Tensor:
         """fp32 ``[heads]``, on the CPU: no key of ``block`` has had a greater norm; NaN if one had.
@@ -152,6 +172,11 @@ class LaneCache:
         """Where the keys and values are."""
         return self._shape.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values."""
+        return self._shape.dtype
+
     def _room(self, block: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:
         old = self._blocks.get(block)
         capacity = 0 if old is None else old[0].shape[1]
@@ -164,8 +189,16 @@ class LaneCache:
         if old is not None:
             keys[:, : self.length] = old[0][:, : self.length]
             values[:, : self.length] = old[1][:, : self.length]
-        self._blocks[block] = keys, values
+        self._hold(block, keys, values)
         return keys, values
+
+    def _hold(self, block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._blocks[block] = keys, values
+        if block >= len(self._memory):
+            grown = np.zeros((block + 1, 4), np.int64)
+            grown[: len(self._memory)] = self._memory
+            self._memory = grown
+        self._memory[block] = lane_memory(keys, values, self.key_norms(block))
 
 
 def _capacity(block: int, tokens: int, most: int) -> int:

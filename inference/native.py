@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import quantiles
 
 import numpy as np
+import numpy.typing as npt
 import platformdirs
 import psutil
 import torch
@@ -35,6 +36,8 @@ from torch.nn import functional as F
 from .quantizing import Int8Weights, Nf4Weights
 
 logger = logging.getLogger(__name__)
+
+IntArray = npt.NDArray[np.int64]
 
 _SOURCES = [Path(__file__).parent / f"native_{part}.c" for part in ("product", "attention")]
 _HEADER = Path(__file__).parent / "native_vectors.h"
@@ -109,35 +112,44 @@ class PackedMatrix:
         )
 
 
+def lane_memory(keys: torch.Tensor, values: torch.Tensor, key_norms: torch.Tensor) -> list[int]:
+    """A row of ``CachedLanes``' memory: keys and values are ``[cache_heads, capacity, head_dim]``.
+
+    ``key_norms`` are the greatest norms of keys, as ``LaneCache.key_norms``; they are kept up.
+    """
+    return [keys.data_ptr(), values.data_ptr(), key_norms.data_ptr(), keys.shape[1]]
+
+
 class CachedLanes:
-    """What lanes have cached in one block, in the order that ``Native.decode_attention`` reads it in.
+    """What lanes have cached in some blocks, in the order that ``Native.decode_attention`` reads it in.
 
     Made before a round begins: between two products, what Python does is time in which all threads wait.
     """
 
     def __init__(
         self,
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        memory: Sequence[IntArray],
         lengths: Sequence[int],
         rows: Sequence[int],
+        dtype: torch.dtype,
     ) -> None:
-        """Lane i has ``lengths[i]`` tokens in ``caches[i]`` and owns row ``rows[i]`` of the batch.
+        """Lane i has ``lengths[i]`` tokens and owns row ``rows[i]`` of the batch.
 
-        Its keys and its values are ``[cache_heads, capacity, head_dim]``, of one dtype for all lanes;
-        then the greatest norms of keys, as ``LaneCache.key_norms``, which are kept up.
+        ``memory[i]`` is int64 ``[blocks, 4]``, of each block a ``lane_memory``, which whoever calls
+        keeps alive; all keys and values are of one ``dtype``.
         """
-        self._caches = tuple(caches)  # whose memory the table points to
-        self._table = np.array(
-            [
-                (*(own.data_ptr() for own in cached), cached[0].shape[1], length, row)
-                for cached, length, row in zip(caches, lengths, rows, strict=True)
-            ],
-            np.int64,
-        )
-        self.address: int = self._table.ctypes.data
-        """Of ``struct lane``, ``count`` times."""
-        self.count = len(self._table)
-        self.dtype = caches[0][0].dtype
+        self.count = len(memory)
+        self.dtype = dtype
+        self._table = np.empty((len(memory[0]), self.count, 6), np.int64)  # of struct lane
+        for lane, own in enumerate(memory):
+            self._table[:, lane, :4] = own
+        self._table[:, :, 4] = lengths
+        self._table[:, :, 5] = rows
+        self._address: int = self._table.ctypes.data
+
+    def address(self, block: int) -> int:
+        """Of ``struct lane``, ``count`` times, for a block, counted from the first one."""
+        return self._address + block * self._table.strides[0]
 
 
 def mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -314,6 +326,7 @@ class Native:
         value: torch.Tensor,
         output: torch.Tensor,
         lanes: CachedLanes,
+        block: int,
         *,
         scale: float,
         slopes: torch.Tensor | None,
@@ -321,7 +334,7 @@ class Native:
         softcap: float | None = None,
         streams: int | None = None,
     ) -> None:
-        """For each lane, attend its row to what it has cached and to itself.
+        """For each lane, attend its row to what it has cached in ``block`` of ``lanes`` and to itself.
 
         ``query`` is ``[1, heads, rows, head_dim]``, ``key`` and ``value`` are ``[1, cache_heads, rows,
         head_dim]``. Behind the tokens that a lane has cached, the new ones are written. Writes the
@@ -334,7 +347,7 @@ class Native:
         self._attention(
             _Views(*[n for x in views for n in (x.data_ptr(), x.stride(1), x.stride(2))]),
             output.data_ptr(),
-            lanes.address,
+            lanes.address(block),
             lanes.count,
             heads,
             key.shape[1],

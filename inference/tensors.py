@@ -18,6 +18,8 @@ _PLAIN = {
     DType.BFLOAT16: torch.bfloat16,
     DType.FLOAT16: torch.float16,
 }
+_SMALL = 64 * 1024
+"""Bytes that are copied in less time than it takes to view them where they lie."""
 _WIRE = {torch_dtype: wire for wire, torch_dtype in _PLAIN.items()}
 
 
@@ -44,9 +46,13 @@ def to_torch(
 ) -> torch.Tensor:
     """The tensor in ``wire``, of its shape, in ``dtype`` (default: ``torch_dtype``) on ``device``.
 
-    Without a conversion this is a view of ``wire.data``, which stays alive as long as the tensor:
-    treat it as read-only. Where a scale of an int8 tensor is not finite, neither are its values.
+    Without a conversion this is a view of ``wire.data``, unless that is small, which stays alive as
+    long as the tensor: treat it as read-only. Where a scale of an int8 tensor is not finite, neither
+    are its values.
     """
+    if wire.dtype is not DType.INT8 and len(wire.data) <= _SMALL:
+        tensor = torch.frombuffer(bytearray(wire.data), dtype=_PLAIN[wire.dtype]).view(wire.shape)
+        return tensor.to(device=device, dtype=dtype or tensor.dtype)
     # numpy has no bfloat16, and torch.frombuffer warns about read-only memory: go through bytes
     # and DLPack, which knows read-only buffers.
     raw = from_dlpack(numpy.frombuffer(wire.data, dtype=numpy.uint8))

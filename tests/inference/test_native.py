@@ -5,12 +5,20 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from petals.inference import native as module
-from petals.inference.native import CachedLanes, Native, NativeError, native, open_native
+from petals.inference.native import (
+    CachedLanes,
+    Native,
+    NativeError,
+    lane_memory,
+    native,
+    open_native,
+)
 from petals.inference.quantizing import NF4_GROUP, NF4_LEVELS, Int8Weights, Nf4Weights
 from torch.nn import functional as F
 
@@ -192,9 +200,11 @@ def test_attention_of_rows_that_decode(
         for (keys, _), length in zip(caches, lengths, strict=True)
     ]
     known = [(*cached, own) for cached, own in zip(caches, norms, strict=True)]
-    lanes = CachedLanes(known, lengths, rows)
+    other = lane_memory(*known[0])  # a block before: nobody reads it
+    memory = [np.array([other, lane_memory(*own)]) for own in known]
+    lanes = CachedLanes(memory, lengths, rows, dtype)
     views = query[None], key[None], value[None]
-    library.decode_attention(*views, output, lanes, scale=scale, **options)
+    library.decode_attention(*views, output, lanes, 1, scale=scale, **options)
     assert (output[0] == 7).all()
     assert (output[-1] == 7).all()
     for (keys, values, norm), length, row in zip(known, lengths, rows, strict=True):
@@ -224,9 +234,9 @@ def test_what_is_not_finite_stays_visible(library: Native) -> None:
         bad[1, 0, 3] = torch.nan
         cache = normal(2, 64, 8, seed=4), normal(2, 64, 8, seed=5), torch.full((2,), 100.0)
         output = torch.zeros(1, 2, 8)
-        lanes = CachedLanes([cache], [40], [0])
+        lanes = CachedLanes([np.array([lane_memory(*cache)])], [40], [0], torch.float32)
         views = query[None], key[None], value[None]
-        library.decode_attention(*views, output, lanes, scale=1.0, slopes=None)
+        library.decode_attention(*views, output, lanes, 0, scale=1.0, slopes=None)
         assert torch.isfinite(output[0, 0]).all()
         if bad is not key:  # a key that is NaN comes with such a value
             assert torch.isnan(output[0, 1]).any()
@@ -241,9 +251,10 @@ def test_what_no_query_can_hear_is_not_read(library: Native) -> None:
     loudest = float(keys[:, :2000].norm(dim=2).amax())
     for said, heard in ((10.0, False), (loudest, True), (math.inf, True)):
         output = torch.zeros(1, 1, 32)
-        lanes = CachedLanes([(keys, values, torch.tensor([said]))], [2000], [0])
-        slopes = torch.tensor([0.3])
-        library.decode_attention(query, key, value, output, lanes, scale=1.0, slopes=slopes)
+        memory = np.array([lane_memory(keys, values, longest := torch.tensor([said]))])
+        lanes, slopes = CachedLanes([memory], [2000], [0], torch.float32), torch.tensor([0.3])
+        library.decode_attention(query, key, value, output, lanes, 0, scale=1.0, slopes=slopes)
+        assert longest >= said
         assert torch.allclose(output, torch.tensor(7.0)) == heard
 
 
