@@ -104,7 +104,7 @@ class Ends(nn.Module):
             raise LocalProtocolError(
                 f"token ids must be [batch, rows], got shape {tuple(token_ids.shape)}"
             )
-        least, most = int(token_ids.min()), int(token_ids.max())
+        least, most = (int(bound) for bound in token_ids.aminmax())
         if least < 0 or most >= self.vocab_size:
             raise ConfigError(
                 f"token ids: must be from 0 to {self.vocab_size - 1}, "

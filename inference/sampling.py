@@ -66,12 +66,13 @@ class Sampler:
         )
         self.logprobs: tuple[TokenLogprobs, ...] = ()
         """Of each row's token chosen last; empty unless the params ask for them."""
-        self._eos = torch.tensor(list(eos_token_ids), dtype=torch.int64)
+        self._eos = frozenset(eos_token_ids)
         self._pad_token_id = pad_token_id
         finished = state.finished if state is not None else (False,) * batch
         if len(finished) != batch:
             raise LocalProtocolError(f"the state of {len(finished)} rows, prompt_ids for {batch}")
-        self._finished = torch.tensor(finished, dtype=torch.bool)
+        self._finished = list(finished)
+        self._chosen: list[list[int]] = []  # what is not among the ids yet
         self._generator = torch.Generator()
         if state is not None and state.generator:
             _set_state(self._generator, state.generator)
@@ -83,12 +84,15 @@ class Sampler:
     @property
     def token_ids(self) -> torch.Tensor:
         """Prompt and tokens so far, int64 ``[batch, length]``."""
+        if self._chosen:
+            self._ids = torch.cat([self._ids, torch.tensor(self._chosen).T], dim=-1)
+            self._chosen = []
         return self._ids
 
     @property
     def finished(self) -> tuple[bool, ...]:
         """Which rows have ended."""
-        return tuple(self._finished.tolist())
+        return tuple(self._finished)
 
     @property
     def largest_only(self) -> bool:
@@ -115,12 +119,29 @@ class Sampler:
             raise LocalProtocolError(
                 f"logits must be [{self._ids.shape[0]}, vocab], got shape {tuple(logits.shape)}"
             )
+        tokens = self._largest(logits) if self.largest_only else self._choose(logits)
+        chosen = [
+            self._pad_token_id if done else int(token)
+            for token, done in zip(tokens.tolist(), self._finished, strict=True)
+        ]
+        self._chosen.append(chosen)
+        self._finished = [
+            done or token in self._eos for token, done in zip(chosen, self._finished, strict=True)
+        ]
+        return chosen
+
+    def _largest(self, logits: torch.Tensor) -> torch.Tensor:
+        """Greedy, and nothing else: no need to copy what may be a megabyte."""
+        tokens = logits.argmax(dim=-1)  # that of NaN, if there is one
+        _check(logits.gather(1, tokens[:, None]))
+        return tokens
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
         scores = logits.to(device="cpu", dtype=torch.float32, copy=True)
-        if scores.isnan().any():
-            raise ModelError("the logits contain NaN: the model's output cannot be sampled")
+        _check(scores)
         own = None if self._params.logprobs is None else torch.log_softmax(scores, dim=-1)
         # transformers writes LongTensor where it takes any int64 tensor.
-        scores = self._processors(self._ids, scores)  # type: ignore[arg-type]
+        scores = self._processors(self.token_ids, scores)  # type: ignore[arg-type]
         if self._params.greedy:
             tokens = torch.argmax(scores, dim=-1)
         else:
@@ -130,10 +151,12 @@ class Sampler:
             ).squeeze(1)
         if own is not None:
             self.logprobs = _logprobs(own, tokens, self._params.logprobs or 0)
-        tokens = tokens.masked_fill(self._finished, self._pad_token_id)
-        self._ids = torch.cat([self._ids, tokens[:, None]], dim=-1)
-        self._finished |= torch.isin(tokens, self._eos)
-        return [int(token) for token in tokens]
+        return tokens
+
+
+def _check(logits: torch.Tensor) -> None:
+    if logits.isnan().any():
+        raise ModelError("the logits contain NaN: the model's output cannot be sampled")
 
 
 def _set_state(generator: torch.Generator, state: bytes) -> None:

@@ -64,8 +64,8 @@ class HiddenSession:
             raise
         return torch.cat([to_torch(output, dtype=hidden.dtype) for output in outputs], dim=1)
 
-    async def read(self, start: int, stop: int) -> WireTensor:
-        """The rows of these positions. Returns at once: what is due must be what is here now."""
+    def read(self, start: int, stop: int) -> WireTensor:
+        """The rows of these positions: what is due must be what is here now."""
         return self._log.read(start, stop)
 
     def _cut(self, position: int, ring: Ring) -> None:

@@ -12,7 +12,8 @@ there is one way to go on, from tokens and a state, and a new session is one wit
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -215,12 +216,12 @@ class Session:
         tensors = [to_torch(output) for output in outputs]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
-    async def embed(self, start: int, stop: int) -> WireTensor:
+    def embed(self, start: int, stop: int) -> WireTensor | Callable[[], Awaitable[WireTensor]]:
         """The embeddings [batch, stop - start, hidden_size] of positions of this session."""
         token_ids = tuple(tokens[start:stop] for tokens in self._tokens)
         if self._embedded is not None and self._embedded[0] == token_ids:
             return self._embedded[1]
-        return await self.originator.compute(lambda: self._embed_now(token_ids))
+        return partial(self.originator.compute, partial(self._embed_now, token_ids))
 
     def _embed_now(self, token_ids: Sequence[Sequence[int]]) -> WireTensor:
         """On torch's thread: the embeddings of token ids [batch, rows], wherever they stand."""

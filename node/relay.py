@@ -71,6 +71,7 @@ from ..protocol.span import Span
 from ..protocol.tensor import WireTensor
 from .frame_stream import FrameStream, failed, open_frame_stream, refused
 from .network import Network, Stream
+from .outbox import Outbox
 from .wakeup import Signal, open_flat_nursery, wait_future, when_done
 
 logger = logging.getLogger(__name__)
@@ -115,12 +116,9 @@ class RelayedSession:
         self.hop = hop
         self.ticket = ticket
         self._submit = submit
-        self.due = Signal()
-        """There may be something to send."""
+        self.outbox = Outbox()
         self.room = Signal()
         """There may be room for steps."""
-        self.send_now: Callable[[], bool] = _nothing_sent
-        """Send what is due without waiting for anything; whether nothing is left to be sent."""
         self.steps: collections.deque[Compute] = collections.deque()
         """In the engine."""
         self.scope = trio.CancelScope()
@@ -156,8 +154,7 @@ class RelayedSession:
                 self.successor_scope.cancel()
         if not isinstance(event, Step):  # which has changed nothing yet
             self.room.notify()
-            if not self.send_now():
-                self.due.notify()
+            self.outbox.notify()
         return replies
 
     def reopen(self, opened: Open, control: FrameStream) -> None:
@@ -166,10 +163,9 @@ class RelayedSession:
         self.control_taken.set()
         self.control_taken = trio.Event()
         self.control_scope.cancel()  # an older stream, if it has not broken yet
-        self.send_now = _nothing_sent  # which may be on that stream
-        self.receive(Reopened(opened))
         if self.hop.successor is None:
             self.successor_scope.cancel()  # outputs go to the new stream
+        self.receive(Reopened(opened))
 
     def end(self, last_word: Failed) -> None:
         """End the session from our side."""
@@ -522,30 +518,13 @@ class Relay:
         await trio.sleep_forever()
 
     async def _send_outgoing(self, session: RelayedSession, stream: FrameStream, rows: int) -> None:
-        scope, taken = session.successor_scope, collections.deque[Frame]()
+        scope = session.successor_scope
 
-        def send_now() -> bool:
-            # What is due is due on the newest stream: a task that was woken and cancelled in the same
-            # tick must not take it along.
-            while not taken and not scope.cancel_called:
-                outgoing = session.hop.next_outgoing(rows)
-                if outgoing is None:
-                    return True
-                if not stream.send_now(outgoing):
-                    taken.append(outgoing)
-            return False
+        def next_frame() -> Frame | None:
+            # What is due is due on the newest stream: one that is being given up must not take it along.
+            return None if scope.cancel_called else session.hop.next_outgoing(rows)
 
-        try:
-            while True:
-                if send_now():
-                    session.send_now = send_now
-                    await session.due.wait()
-                elif taken:
-                    await stream.send(taken.popleft())
-                else:
-                    await trio.sleep_forever()
-        finally:
-            session.send_now = _nothing_sent
+        await session.outbox.run(stream, next_frame)
 
     async def _link_successor(self, session: RelayedSession, successor: Peer, rows: int) -> None:
         """Keep a link to ``successor`` until it is relinked (which cancels this)."""
@@ -631,10 +610,6 @@ class Relay:
                 raise RemoteProtocolError(f"{frame.KIND} has no place on a link")
             for reply in session.receive(frame):
                 await stream.send(reply.frame)
-
-
-def _nothing_sent() -> bool:
-    return False
 
 
 async def _say(stream: FrameStream, frame: Refused | Failed) -> None:

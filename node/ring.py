@@ -65,6 +65,7 @@ from .frame_stream import FrameStream, open_frame_stream
 from .gaps import Gaps, Router
 from .mending import Mending, Recovery
 from .network import Network
+from .outbox import Outbox
 from .relay import STEP_ROWS
 from .wakeup import Signal, open_flat_nursery
 
@@ -83,8 +84,9 @@ _ANOTHER_ROUTE = "the session takes another route"
 """Why a hop is dropped that has done nothing wrong."""
 
 
-EmbedRows = Callable[[int, int], Awaitable[WireTensor]]
-"""From ``start, stop`` to the embeddings [batch, stop - start, hidden_size] of those positions."""
+EmbedRows = Callable[[int, int], WireTensor | Callable[[], Awaitable[WireTensor]]]
+"""From ``start, stop`` to the embeddings [batch, stop - start, hidden_size] of those positions, or to
+what computes them if they are not at hand."""
 
 
 class Ring:
@@ -126,8 +128,8 @@ class Ring:
         """The chain has other hops, a hop another frame to be sent."""
         self._arrived = Signal()
         """Rows have come back, or the session cannot go on."""
-        self._sendable = Signal()
-        """There may be something due for the first hop."""
+        self._outbox = Outbox()
+        """For the first hop."""
         self._clock_moved = Signal()
         """The chain has a deadline before the one that is watched."""
         self._watched = -math.inf
@@ -206,7 +208,7 @@ class Ring:
             self._error = None
             self._wanted.set()
         chain.append(rows, want_from=chain.length + rows - want, now=trio.current_time())
-        self._sendable.notify()
+        self._outbox.notify()
         self._look_at_clock()
         while chain.expected < chain.length:
             self._raise_error()
@@ -233,7 +235,7 @@ class Ring:
             self._arrived.notify()
             return  # every token: nobody else has to look
         self._changed.notify()
-        self._sendable.notify()
+        self._outbox.notify()
         self._look_at_clock()
 
     def _apply(self, event: Event) -> None:
@@ -408,20 +410,28 @@ class Ring:
             raise PeerError(said, peer_id=peer.peer_id)
 
     async def _send_steps(self, stream: FrameStream, scope: trio.CancelScope) -> None:
-        while True:
-            # What is due is due on the newest link: a task that was woken and cancelled in the same
-            # tick must not take it along.
+        def next_frame() -> Frame | Callable[[], Awaitable[Frame]] | None:
+            # What is due is due on the newest link: one that is being given up must not take it along.
             due = self._chain.next_due(self._max_rows) if scope is self._link_scope else None
             if due is None:
-                await self._sendable.wait()
-                continue
+                return None
             want_from = self._chain.expected
-            hidden = await self._embed(due.start, due.stop)
-            await stream.send(
-                Step(
+
+            def step(hidden: WireTensor) -> Step:
+                return Step(
                     due.link, due.sequence, due.rewind, due.start, want_from, hidden, past=due.past
                 )
-            )
+
+            hidden = self._embed(due.start, due.stop)
+            if isinstance(hidden, WireTensor):
+                return step(hidden)
+
+            async def later() -> Step:
+                return step(await hidden())
+
+            return later
+
+        await self._outbox.run(stream, next_frame)
 
     # --- the route ----------------------------------------------------------------------------
 
@@ -465,7 +475,8 @@ class Ring:
         """The entry digests of what goes into the chain, for new hops that may know it already."""
         while (start := self._inputs.rows) < (end := self._chain.offerable):
             stop = min(end, start + self._max_rows)
-            hidden = await self._embed(start, stop)
+            embedded = self._embed(start, stop)
+            hidden = embedded if isinstance(embedded, WireTensor) else await embedded()
             if stop > self._chain.offerable:
                 break  # rewound meanwhile: these rows may be of the time before or after
             self._inputs.take(start, stop - start, hidden.data)

@@ -78,12 +78,11 @@ async def liar(
         assert relay
 
         async def send(session: RelayedSession, stream: FrameStream, rows: int) -> None:
-            while True:
+            def next_lie() -> Frame | None:
                 outgoing = session.hop.next_outgoing(rows)
-                if outgoing is None:
-                    await session.changed.wait()
-                else:
-                    await stream.send(lie(outgoing))
+                return None if outgoing is None else lie(outgoing)
+
+            await session.outbox.run(stream, next_lie)
 
         relay._send_outgoing = send  # type: ignore[method-assign]
         yield node
