@@ -51,8 +51,9 @@ _LARGE = 1 << 22
 """Bytes of a matrix that no cache holds for long: only there does it matter how memory is read."""
 _TRIALS = 61
 """Of each number of streams, before one is chosen."""
-_PRODUCTS = 10_000
-"""Of one row by a large matrix, until all are tried again: the first time may have been a bad one."""
+_PRODUCTS = (500, 10_000)
+"""Of one row by a large matrix, until all are tried again: the first time, when a node has just begun to
+compute beside others that load, and at most; twice as many from time to time."""
 
 _void, _size, _int, _float = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_float
 
@@ -182,6 +183,7 @@ class Native:
         """Seconds a byte of one row's products."""
         self._settled = 0
         """Products until they are tried again."""
+        self._settle_for = _PRODUCTS[0]
         self._multiply = library.multiply
         self._multiply.argtypes = [*[_void] * 3, _int, _void, _size]
         self._multiply.argtypes += [_void, _size, _void, _size, _int]
@@ -236,7 +238,8 @@ class Native:
             good = {number: quantiles(samples)[0] for number, samples in self._trials.items()}
             self._streams = min(good, key=good.__getitem__)
             self._trials = {number: [] for number in self.streams}
-            self._settled = _PRODUCTS
+            self._settled = self._settle_for
+            self._settle_for = min(2 * self._settle_for, _PRODUCTS[1])
             logger.debug("memory is read in %d streams", self._streams)
 
     def _chosen(self, streams: int | None) -> int:
