@@ -100,8 +100,18 @@ def wall_clock() -> float:
 class Node:
     """One symmetric node of the swarm. Use it as an async context manager, in trio."""
 
-    def __init__(self, config: NodeConfig, progress: "Progress | None" = None) -> None:
-        """``progress`` is told what takes a while: downloads, and loading blocks."""
+    def __init__(
+        self,
+        config: NodeConfig,
+        progress: "Progress | None" = None,
+        *,
+        torch_thread: TorchThread | None = None,
+    ) -> None:
+        """``progress`` is told what takes a while: downloads, and loading blocks.
+
+        ``torch_thread``: of a program that computes on it, too, or has several nodes; it outlives the
+        node.
+        """
         self.config = config
         self._progress = progress
         self.model_name: str | None = None
@@ -109,7 +119,8 @@ class Node:
         self._context = self._running()
         self._dice = random.Random()  # noqa: S311 - spreads load; nothing secret
         self._hello = Hello(PROTOCOL_VERSION, __version__[:64])
-        self._torch = TorchThread()
+        self._torch = torch_thread or TorchThread()
+        self._owns_torch = torch_thread is None
         self._outside: Libp2pNetwork | None = None
         self._network: LoopbackNetwork | None = None
         self._membership: Membership | None = None
@@ -543,7 +554,8 @@ class Node:
                     self._nursery.cancel_scope.cancel()
                     if isinstance(self._weights, FetchedWeights):
                         self._weights.close()
-                    self._torch.shutdown(timeout=0)
+                    if self._owns_torch:
+                        self._torch.shutdown(timeout=0)
 
     async def _start_seeding(self) -> None:
         checkpoint, membership = await self._open_checkpoint(), self._running_membership()

@@ -20,6 +20,8 @@ from petals.node.cli.processes import Child, child
 from petals.node.config import NodeConfig
 from petals.node.node import Node
 
+from .torch_thread import TORCH
+
 LISTEN = "/ip4/127.0.0.1/tcp/0"
 START_DEADLINE = 300.0
 """Seconds until a process serves; loading takes most of it."""
@@ -53,15 +55,10 @@ class LoopbackSwarm:
     ) -> None:
         self._node = node
         self.servers = servers
-        """What each process said when it served."""
+        """What each process but this one said when it served."""
         self.vocabulary = vocabulary
         self.bootstrap = bootstrap
         """The address of its bootstrap peer."""
-
-    @property
-    def processes(self) -> int:
-        """How many serve."""
-        return len(self.servers)
 
     async def write(self, prompt: Sequence[int], tokens: int) -> Written:
         """Generate from a prompt in a session of its own."""
@@ -91,11 +88,18 @@ class LoopbackSwarm:
 
 @asynccontextmanager
 async def loopback_swarm(
-    model: pathlib.Path, processes: int, dtype: str, *, options: Sequence[str] = ()
+    model: pathlib.Path,
+    processes: int,
+    dtype: str,
+    *,
+    among_them: bool = False,
+    options: Sequence[str] = (),
 ) -> AsyncIterator[LoopbackSwarm]:
-    """Start a bootstrap peer and ``processes`` nodes; all of them are gone when the block ends.
+    """Start ``processes`` nodes that serve; all of them are gone when the block ends.
 
-    ``options`` are given to those that serve. Every process may use all cores: one session keeps only one of them busy at a time.
+    With ``among_them``, the first of them is the node in this process, as for whoever serves and has a
+    program talk to the same node. Else it only originates, and there is a bootstrap peer. ``options`` are
+    given to processes. Each may use all cores: one session keeps only one of them busy at a time.
     """
     checkpoint = open_checkpoint(model)
     spans = split_evenly(checkpoint.num_blocks, processes)
@@ -114,16 +118,25 @@ async def loopback_swarm(
                 running = child(name, ["run", *always, *options], environment)
                 return await stack.enter_async_context(running)
 
-            bootstrap = await start("bootstrap")
-            address = (await serving(bootstrap))["multiaddr"]
+            async def our_node(**settings: Any) -> Node:
+                config = NodeConfig(model=str(model), dtype=dtype, **settings)
+                # On another thread, it and what this process measures beside it would both be slower.
+                return await stack.enter_async_context(Node(config, torch_thread=TORCH))
+
+            if among_them:
+                own = pathlib.Path(folder, "own")
+                node = await our_node(blocks=spans.pop(0), listen=(LISTEN,), data_dir=own)
+                address = node.multiaddrs[0]
+            else:
+                address = (await serving(await start("bootstrap")))["multiaddr"]
             joining = ("--bootstrap", address, "--model", str(model), "--dtype", dtype)
             servers = [
                 await start(f"server-{number}", *joining, *options, "--blocks", str(span))
                 for number, span in enumerate(spans)
             ]
             said = [await serving(server) for server in servers]
-            config = NodeConfig(model=str(model), serve=False, bootstrap=(address,), dtype=dtype)
-            node = await stack.enter_async_context(Node(config))
+            if not among_them:
+                node = await our_node(serve=False, bootstrap=(address,))
             yield LoopbackSwarm(node, said, checkpoint.vocab_size, address)
 
 

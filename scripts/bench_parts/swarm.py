@@ -48,8 +48,8 @@ async def one_model(settings: Settings, report: Report, size: ModelSize) -> None
     async with AsyncExitStack() as stack:
         swarms: dict[int, LoopbackSwarm] = {}
         for processes in settings.processes:
-            report.say(f"{label}: starting {processes} processes that serve")
-            starting = loopback_swarm(folder, processes, AUTO.dtype)
+            report.say(f"{label}: starting {processes} processes")
+            starting = loopback_swarm(folder, processes, AUTO.dtype, among_them=True)
             swarms[processes] = await stack.enter_async_context(starting)
         local = stack.enter_context(Local(folder, AUTO, ends=True))
         prompts = Prompts(local.checkpoint.vocab_size)
@@ -123,7 +123,7 @@ async def one_session(
                 f"{name}: what the network costs a token",
                 (token[processes] - token[0]) * 1e3,
                 "ms",
-                f"{processes + 1} one-way ways",
+                f"{processes} one-way ways",
             )
         )
         report.add(
@@ -152,7 +152,7 @@ async def many_sessions(
             alone.append(1 / one.token)
             together.append(sum(1 / each.token for each in several))
     report.ahead(
-        f"{label}: {swarm.processes} processes, {SESSIONS} sessions of one originator",
+        f"{label}: {JUDGED} processes, {SESSIONS} sessions of one originator",
         statistics.median(together),
         "tokens/s in all",
         "one session alone",
@@ -176,7 +176,7 @@ async def shared_prompt(
     again, new = statistics.median(seconds), statistics.median(firsts)
     report.add(
         Row(
-            f"{label}: {swarm.processes} processes, first token behind the same "
+            f"{label}: {JUDGED} processes, first token behind the same "
             f"{settings.shared_prompt} tokens once more",
             again,
             "s",
