@@ -22,10 +22,12 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Protocol
 
+import platformdirs
 import torch
 from torch.nn import functional as F
 
 from ..protocol.errors import ConfigError
+from .measured import circumstances, read, write
 from .native import Native, PackedMatrix, native
 from .quantizing import Int8Weights, Nf4Weights
 
@@ -356,6 +358,10 @@ _WIDENING: tuple[MakeKernel, ...] = (NativeHalf, FbgemmHalf)
 """Those that widen 16-bit weights as they read them, and compute in float32."""
 
 
+Times = dict[MakeKernel, dict[int, float]]
+"""Seconds by the count of rows."""
+
+
 def widens(weights: WeightFormat, device: torch.device) -> bool:
     """Whether 16-bit ``weights`` cost nothing but the bits that they lack: sums are float32."""
     return device.type == "cpu" and choose_kernel(weights, device) in _WIDENING
@@ -399,12 +405,40 @@ def _fastest(weights: WeightFormat, device: torch.device) -> tuple[MakeKernel, f
             for count in _ROWS:
                 taken[kernel][count] = min(taken[kernel][count], measure(count))
     best: tuple[MakeKernel, float] | None = None
-    for kernel, by_count in taken.items():
+    for kernel, by_count in _least_ever(taken, weights, device).items():
         seconds = math.pow(math.prod(by_count.values()), 1 / len(_ROWS))
         if best is None or seconds < _CLEARLY_FASTER * best[1]:
             best = kernel, seconds
     assert best is not None
     return best
+
+
+def _least_ever(taken: Times, weights: WeightFormat, device: torch.device) -> Times:
+    """What kernels took, or less if another process has ever found so; kept for the next one.
+
+    Others that compute, or load, make a kernel that uses all cores look far slower than one of one core.
+    """
+    path = platformdirs.user_cache_path("petals-node") / "kernels.json"
+    key, known = circumstances(weights, device=device), read(path)
+    before = {
+        name: seconds
+        for name, seconds in known.pop(key, {}).items()
+        if isinstance(seconds, float) and seconds > 0  # whatever the file says
+    }
+    least = {
+        kernel: {
+            count: min(seconds, before.get(f"{_name(kernel)}, {count}", math.inf))
+            for count, seconds in by_count.items()
+        }
+        for kernel, by_count in taken.items()
+    }
+    flat = {f"{_name(kernel)}, {n}": s for kernel, times in least.items() for n, s in times.items()}
+    write(path, known | {key: before | flat})
+    return least
+
+
+def _name(kernel: MakeKernel) -> str:
+    return getattr(kernel, "__name__", repr(kernel))
 
 
 def _try(

@@ -5,23 +5,18 @@ few seconds at most, and is remembered per model, precision, device and versions
 that starts again does not measure again. Speeds are of *one* block, the mean over those measured.
 """
 
-import hashlib
-import json
 import logging
-import os
-import platform
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
 from ..protocol.span import Span
 from .attention import LaneRows
 from .cache import LaneCache
+from .measured import circumstances, read, write
 from .model import Blocks
 
 logger = logging.getLogger(__name__)
@@ -33,8 +28,6 @@ _PREFILL_ROWS = 128
 _BATCHES = (1, 8, 32)
 _BLOCKS = 4
 """At most so many blocks are run: enough that weights come from memory, few enough to be quick."""
-_REMEMBERED = 64
-"""Measurements in the file; the oldest go first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +68,17 @@ def remembered(blocks: Blocks, *, model: str, precision: str, folder: Path) -> T
     ``model`` is its fingerprint. A file that cannot be read or written costs a measurement only.
     """
     path = folder / "throughput.json"
-    key = _key(blocks, model, precision)
-    known = _read(path)
-    if key not in known:
-        known[key] = measure(blocks)
-        _write(path, known)
-    return known[key]
+    key = circumstances(model, precision, device=blocks.device)
+    known = read(path)
+    try:
+        return Throughput(**known[key])
+    except KeyError:
+        pass
+    except TypeError as error:
+        logger.warning("%s is ignored: %s", path, error)
+    measured = measure(blocks)
+    write(path, known | {key: asdict(measured)})
+    return measured
 
 
 def _rate(blocks: Blocks, caches: Sequence[LaneCache], *, rows: int) -> float:
@@ -104,58 +102,3 @@ def _rate(blocks: Blocks, caches: Sequence[LaneCache], *, rows: int) -> float:
         steps += 1
         elapsed = time.perf_counter() - begin
     return steps * hidden.shape[1] * len(span) / elapsed
-
-
-def _key(blocks: Blocks, model: str, precision: str) -> str:
-    """Whatever a speed depends on, but for what else the machine is doing."""
-    device = (
-        torch.cuda.get_device_name(blocks.device)
-        if blocks.device.type == "cuda"
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()}"
-    )
-    versions = f"torch {torch.__version__} transformers {transformers.__version__}"
-    threads = torch.get_num_threads()
-    parts = (model, precision, blocks.device.type, device, threads, versions, _source())
-    return " | ".join(map(str, parts))
-
-
-def _source() -> str:
-    """What changes when the code that is measured does."""
-    folder = Path(__file__).parent
-    digest = hashlib.sha256()
-    for name in (
-        "attention.py",
-        "kernels.py",
-        "linear.py",
-        "native.py",
-        "native_attention.c",
-        "native_product.c",
-        "native_vectors.h",
-        "throughput.py",
-    ):
-        digest.update((folder / name).read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _read(path: Path) -> dict[str, Throughput]:
-    try:
-        content = json.loads(path.read_bytes())
-        return {key: Throughput(**figures) for key, figures in content.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        logger.warning("%s is ignored: %s", path, error)
-        return {}
-
-
-def _write(path: Path, known: dict[str, Throughput]) -> None:
-    """Atomic: another node of this machine may write at the same time, and one of them wins."""
-    newest = list(known.items())[-_REMEMBERED:]
-    text = json.dumps({key: asdict(figures) for key, figures in newest}, indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        Path(file.name).replace(path)
-    except OSError as error:
-        logger.warning("%s cannot be written: %s", path, error)

@@ -1,6 +1,8 @@
 """Kernels: every one that works here multiplies as it says, and rows don't touch one another."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +119,40 @@ def test_what_does_not_work_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> No
         assert choose_kernel(WeightFormat.FLOAT32, CPU) is Plain
         with pytest.raises(ConfigError, match="nothing here can compute with nf4"):
             choose_kernel(WeightFormat.NF4, CPU)
+    finally:
+        kernels._fastest.cache_clear()
+
+
+def test_the_least_that_any_process_found_decides(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beside others that compute, a kernel that uses all cores looks slow, and one of one core does not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "petals-node" / "kernels.json"
+
+    def chosen(**seconds: float) -> MakeKernel:
+        kernels._fastest.cache_clear()
+        takes = {getattr(kernels, name): taken for name, taken in seconds.items()}
+        monkeypatch.setattr(
+            kernels, "_try", lambda kernel, *_: lambda _: takes.get(kernel, 1e3) + 1e-9
+        )
+        return choose_kernel(WeightFormat.FLOAT16, CPU)
+
+    try:
+        assert chosen(NativeHalf=5.0, FbgemmHalf=2.0) is FbgemmHalf
+        assert chosen(NativeHalf=1.0, FbgemmHalf=1.5) is NativeHalf
+        assert chosen(NativeHalf=9.0, FbgemmHalf=2.0) is NativeHalf
+        for damage in ("{", "[]", '{"a": 1}', "null"):
+            file.write_text(damage)
+            assert chosen(NativeHalf=9.0, FbgemmHalf=2.0) is FbgemmHalf
+        known = json.loads(file.read_text())
+        nonsense: list[object] = ["0.1", None, -1.0, [], math.nan]
+        for value in nonsense:
+            file.write_text(
+                json.dumps({key: dict.fromkeys(own, value) for key, own in known.items()})
+            )
+            assert chosen(NativeHalf=1.0, FbgemmHalf=1.5) is NativeHalf
+            assert chosen(NativeHalf=9.0, FbgemmHalf=2.0) is NativeHalf
     finally:
         kernels._fastest.cache_clear()
 
