@@ -161,16 +161,25 @@ class Plan:
             first += lane.rows
 
     def prepare(self, blocks: range) -> None:
-        """Make room in the caches of ``blocks`` for the rows that decode, all at once."""
+        """Make room in the caches of ``blocks`` for the rows that decode, all at once.
+
+        What the last round of the same lanes has found of their memory is used again while it holds.
+        """
         if not self._decoding:
             return
         self._first_block = blocks.start
-        self.decoding = CachedLanes(
-            [cache.memory(blocks, 1) for cache, _ in self._decoding],
-            [cache.length for cache, _ in self._decoding],
-            [row for _, row in self._decoding],
-            self._decoding[0][0].dtype,
-        )
+        first, _ = self._decoding[0]
+        lengths = [cache.length for cache, _ in self._decoding]
+        rows = [row for _, row in self._decoding]
+        if first.together is not None:
+            holds, self.decoding = first.together
+            layouts = [cache.layout for cache, _ in self._decoding]
+            if holds == (blocks, rows, layouts) and self.decoding.set_lengths(lengths):
+                return
+        memory = [cache.memory(blocks, 1) for cache, _ in self._decoding]
+        self.decoding = CachedLanes(memory, lengths, rows, first.dtype)
+        layouts = [cache.layout for cache, _ in self._decoding]  # now that there is room
+        first.together = (blocks, rows, layouts), self.decoding
 
     def prepared(self, block: int) -> int:
         """The place of ``block`` among those that were prepared."""

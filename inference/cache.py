@@ -14,6 +14,7 @@ a step of many rows, room is made at once. The memory of a cache is not used aga
 pages cost about 2 % of a prefill.
 """
 
+import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -21,12 +22,13 @@ import numpy as np
 import torch
 
 from ..protocol.errors import CacheFull, LocalProtocolError
-from .native import IntArray, lane_memory
+from .native import CachedLanes, IntArray, lane_memory
 
 _LEAST_GROWTH = 32
 """Tokens; room for twice as many is made at most, or for a quarter of those that are there."""
 _STAGGERED = 8
 """Of so many consecutive blocks, each grows by another number of tokens."""
+_layouts = itertools.count(1)
 _RETRY_AFTER = 5.0
 """Seconds; about what a short answer takes. Nobody knows when a session will end."""
 
@@ -58,6 +60,10 @@ class LaneCache:
         self._blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._key_norms: dict[int, torch.Tensor] = {}
         self._memory: IntArray = np.zeros((0, 4), np.int64)  # of each block, once it has any
+        self.layout = 0
+        """Of the memory: no other cache, and not this one after it grew or shrank, ever has the same."""
+        self.together: tuple[object, CachedLanes] | None = None
+        """What this lane and others had cached in their last round, and when that still holds."""
 
     def expect(self, length: int) -> None:
         """The cache will soon hold ``length`` tokens: when it next grows, it grows to that."""
@@ -199,6 +205,7 @@ class LaneCache:
             grown[: len(self._memory)] = self._memory
             self._memory = grown
         self._memory[block] = lane_memory(keys, values, self.key_norms(block))
+        self.layout = next(_layouts)
 
 
 def _capacity(block: int, tokens: int, most: int) -> int:

@@ -147,6 +147,14 @@ class CachedLanes:
         self._table[:, :, 4] = lengths
         self._table[:, :, 5] = rows
         self._address: int = self._table.ctypes.data
+        self._room: list[int] = self._table[:, :, 3].min(axis=0).tolist()
+
+    def set_lengths(self, lengths: Sequence[int]) -> bool:
+        """Let the lanes have ``lengths`` tokens; False: there is no room behind as many."""
+        if any(length >= room for length, room in zip(lengths, self._room, strict=True)):
+            return False
+        self._table[:, :, 4] = lengths
+        return True
 
     def address(self, block: int) -> int:
         """Of ``struct lane``, ``count`` times, for a block, counted from the first one."""

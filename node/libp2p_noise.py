@@ -39,6 +39,7 @@ class NoiseMessages(EncryptedMsgReadWriter):
         """What the last call of the kernel brought, and was not read yet."""
         below = conn.stream if type(conn) is RawConnection else None
         self._socket = below if isinstance(below, BufferedSocket) and os.name == "posix" else None
+        self._receive = conn.read if self._socket is None else self._socket.read
         self._unsent = b""
 
     async def read_msg(self) -> bytes:
@@ -101,7 +102,7 @@ class NoiseMessages(EncryptedMsgReadWriter):
             return taken
         pieces, missing = [taken], size - len(taken)
         while missing:
-            self._arrived = memoryview(await self._raw.read())
+            self._arrived = memoryview(await self._receive())
             if not self._arrived:
                 return b""
             pieces.append(self._arrived[:missing])

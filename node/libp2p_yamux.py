@@ -253,8 +253,10 @@ class YamuxConnection(IMuxedConn):
     # The three tasks
 
     async def _read(self) -> None:
+        # Right from Noise if it is ours: every layer in between is part of every token.
+        read = self.secured_conn.read if self._messages is None else self._messages.read_msg
         try:
-            while data := await self.secured_conn.read():
+            while data := await read():
                 self._heard += 1
                 self._take_in(data)
             self._stop("the peer closed the connection")

@@ -1,11 +1,14 @@
 """The budget adds up whatever sessions do, and lanes keep what they were given."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from petals.inference.attention import LaneRows, Plan, Scratch
 from petals.inference.cache import CachePool, CacheShape, LaneCache, Reservation, SessionCache
+from petals.inference.native import native
 from petals.protocol.errors import CacheFull, LocalProtocolError
 
 SHAPE = CacheShape(heads=2, head_dim=3, dtype=torch.float32, device=torch.device("cpu"))
@@ -189,3 +192,41 @@ def test_no_key_is_longer_than_is_known() -> None:
     assert torch.isnan(lane.key_norms(5)[0])
     for taken in (copy, other):
         assert torch.equal(taken.key_norms(5), known), "of its own"
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(-30, 30)), min_size=1, max_size=12))
+def test_what_the_last_round_found_of_lanes_holds_while_their_memory_does(
+    rounds: list[tuple[int, int]],
+) -> None:
+    """Whoever decodes beside whom, and however far a lane goes back or on: the same as found anew."""
+    if native() is None:
+        pytest.skip("nobody reads it without our kernels")
+    lanes = [LaneCache(SHAPE, 150) for _ in range(3)]
+    blocks = range(2, 5)
+
+    def plan(*caches: LaneCache) -> Plan:
+        plan = Plan([LaneRows(cache, 1) for cache in caches], None, Scratch(SHAPE.device))
+        plan.prepare(blocks)
+        return plan
+
+    for chosen, moved in rounds:
+        together = [lane for number, lane in enumerate(lanes) if not chosen >> number & 1]
+        if not together:
+            lanes[0] = LaneCache(SHAPE, 150)
+            continue
+        together[0].length = max(0, together[0].length + min(moved, 0))
+        if moved % 5 == 0:
+            for _ in together[0].shrink(1 << 20):
+                pass
+        for _ in range(max(1, moved)):
+            if max(lane.length for lane in together) == 150:
+                break
+            decoding = plan(*together).decoding
+            for lane in together:
+                lane.together = None
+            anew = plan(*together).decoding
+            assert decoding is not None
+            assert anew is not None
+            assert np.array_equal(decoding._table, anew._table)
+            for lane in together:
+                lane.length += 1

@@ -227,6 +227,17 @@ def test_attention_of_rows_that_decode(
         torch.testing.assert_close(output[row].double(), expected, rtol=1e-4, atol=atol)
 
 
+def test_lanes_go_on_in_the_same_table_while_there_is_room() -> None:
+    caches = [(torch.zeros(1, room, 4), torch.zeros(1, room, 4), torch.zeros(1)) for room in (9, 5)]
+    memory = [np.array([lane_memory(*cache)]) for cache in caches]
+    lanes = CachedLanes(memory, [3, 2], [0, 1], torch.float32)
+    assert [lanes.set_lengths(lengths) for lengths in ([8, 4], [9, 4], [0, 5])] == [
+        True,
+        False,
+        False,
+    ]
+
+
 def test_what_is_not_finite_stays_visible(library: Native) -> None:
     query, key, value = normal(2, 1, 8, seed=1), normal(2, 1, 8, seed=2), normal(2, 1, 8, seed=3)
     for bad in (query, key, value):
