@@ -165,7 +165,8 @@ def test_an_answer_is_what_transformers_says_and_its_ring_is_shown(seen: Seen) -
     assert answer(window) == expected(seen.model, PROMPT, SamplingParams(max_new_tokens=80)).strip()
     assert "tokens/s" in window.text(".turn.assistant .note")
     window.wait(lambda: "The last text" in window.text(".ring .sentence"))
-    assert set(window.texts(".hops .name")[:3]) <= {*SPANS, *LAST}
+    # Their names come with the next look at the swarm.
+    window.wait(lambda: set(window.texts(".hops .name")[:3]) <= {*SPANS, *LAST})
 
 
 def test_it_is_seen_at_work(seen: Seen) -> None:
