@@ -55,7 +55,8 @@ class Stored:
 
     def gather(self, indices: Sequence[int]) -> torch.Tensor:
         """The entries at ``indices``, one behind the other."""
-        return torch.cat(self._read([(index, index + 1) for index in indices]))
+        entries = self._read([(index, index + 1) for index in indices])
+        return entries[0] if len(entries) == 1 else torch.cat(entries)
 
     def whole(self) -> torch.Tensor:
         """All of it."""
