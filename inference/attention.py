@@ -245,6 +245,24 @@ def ragged_attention(
     return output.view(1, rows, heads * head_dim)
 
 
+def fused_attention(
+    fused: torch.Tensor, *, heads: int, plan: Plan, block: int, scale: float
+) -> torch.Tensor | None:
+    """``ragged_attention`` of ``[1, rows, heads * 3 * head_dim]``: of each head query, key, value.
+
+    None if rows of the plan do not decode, or not together.
+    """
+    library = native()
+    if plan.decoding is None or plan.looped or library is None or not fused.is_contiguous():
+        return None
+    _, rows, width = fused.shape
+    output = fused.new_empty((rows, heads, width // (3 * heads)))
+    library.decode_attention_fused(
+        fused, output, plan.decoding, plan.prepared(block), scale=scale, slopes=plan.slopes
+    )
+    return output.view(1, rows, width // 3)
+
+
 @dataclass(frozen=True, slots=True)
 class _Scores:
     """How the products of one lane become scores; None where there is nothing."""

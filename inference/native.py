@@ -354,14 +354,68 @@ class Native:
         -softcap to softcap. ``streams`` are as in ``multiply``.
         """
         views = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
-        _, heads, _, head_dim = query.shape
-        self._attention(
+        self._attend(
             _Views(*[n for x in views for n in (x.data_ptr(), x.stride(1), x.stride(2))]),
+            key.shape[1],
+            output,
+            lanes,
+            block,
+            scale=scale,
+            slopes=slopes,
+            window=window,
+            softcap=softcap,
+            streams=streams,
+        )
+
+    def decode_attention_fused(
+        self,
+        fused: torch.Tensor,
+        output: torch.Tensor,
+        lanes: CachedLanes,
+        block: int,
+        *,
+        scale: float,
+        slopes: torch.Tensor | None,
+    ) -> None:
+        """``decode_attention`` of contiguous ``[1, rows, heads * 3 * head_dim]``, as BLOOM has them.
+
+        Of each head the query, the key, the value. To make tensors of them takes as long as the rest.
+        """
+        _, heads, head_dim = output.shape
+        begin, head, row = fused.data_ptr(), 3 * head_dim, 3 * heads * head_dim
+        part = 4 * head_dim  # bytes
+        self._attend(
+            _Views(begin, head, row, begin + part, head, row, begin + 2 * part, head, row),
+            heads,
+            output,
+            lanes,
+            block,
+            scale=scale,
+            slopes=slopes,
+        )
+
+    def _attend(
+        self,
+        views: ctypes.Array[ctypes.c_int64],
+        cache_heads: int,
+        output: torch.Tensor,
+        lanes: CachedLanes,
+        block: int,
+        *,
+        scale: float,
+        slopes: torch.Tensor | None,
+        window: int | None = None,
+        softcap: float | None = None,
+        streams: int | None = None,
+    ) -> None:
+        _, heads, head_dim = output.shape
+        self._attention(
+            views,
             output.data_ptr(),
             lanes.address(block),
             lanes.count,
             heads,
-            key.shape[1],
+            cache_heads,
             head_dim,
             window or 0,
             scale,

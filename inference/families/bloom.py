@@ -6,6 +6,7 @@ to the linear modules, which have their results at hand. Tensor-parallel slices 
 with ``slow_but_exact``) are summed in one matrix product, which is what they mean.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import BloomConfig
 from transformers.models.bloom import modeling_bloom
 
 from ...protocol.errors import ModelError
-from ..attention import AlibiBias, Plan, ragged_attention
+from ..attention import AlibiBias, Plan, fused_attention, ragged_attention
 from ..linear import Linear
 from ..model import Ends, RunBlock, Start
 from .family import Dimensions
@@ -37,10 +38,12 @@ class RaggedBloomAttention(modeling_bloom.BloomAttention):
     ) -> tuple[torch.Tensor, None]:
         """``[1, rows, hidden]`` twice to ``[1, rows, hidden]``."""
         assert self.layer_idx is not None
-        query, key, value = self._reshape(self.query_key_value(hidden_states))
-        attended = ragged_attention(
-            query, key, value, plan=layer_past, block=self.layer_idx, scale=self.inv_norm_factor
-        )
+        plan, block, scale = layer_past, self.layer_idx, self.inv_norm_factor
+        fused = self.query_key_value(hidden_states)
+        attended = fused_attention(fused, heads=self.num_heads, plan=plan, block=block, scale=scale)
+        if attended is None:
+            query, key, value = self._reshape(fused)
+            attended = ragged_attention(query, key, value, plan=plan, block=block, scale=scale)
         return _linear(self.dense).added_to(residual, attended), None
 
 
@@ -61,8 +64,22 @@ def _find_parts_at_once(block: nn.Module) -> None:
     """
     for module in block.modules():
         for name, part in module.named_children():
-            called = isinstance(part, nn.LayerNorm) or module is block or name == "query_key_value"
-            vars(module)[name] = part.forward if called else part
+            if isinstance(part, nn.LayerNorm):
+                vars(module)[name] = _layer_norm(part)
+            else:
+                called = module is block or name == "query_key_value"
+                vars(module)[name] = part.forward if called else part
+
+
+def _layer_norm(module: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the module does in the end."""
+    shape, weight, bias, epsilon = (
+        module.normalized_shape,
+        module.weight,
+        module.bias,
+        module.eps,
+    )
+    return lambda x: torch.layer_norm(x, shape, weight, bias, epsilon)
 
 
 def _linear(module: nn.Module) -> Linear:
