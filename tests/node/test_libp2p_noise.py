@@ -117,3 +117,35 @@ async def test_an_end_in_the_middle_of_a_message_is_no_orderly_one() -> None:
     with pytest.raises(ConnectionClosedError, match="middle"):
         await there.read_msg()
     assert here.get_connection_type() is ConnectionType.DIRECT
+
+
+async def test_what_the_kernel_does_not_take_at_once_comes_first_with_the_next() -> None:
+    ours, theirs = shaken_hands()
+    here, there = trio.socket.socketpair()
+    for one in (here, there):
+        one.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, 4096)
+    ends = [
+        RawConnection(BufferedSocket(trio.SocketStream(one)), initiator=True)
+        for one in (here, there)
+    ]
+    sending, receiving = (
+        NoiseMessages(raw, NoiseTransportReadWriter(raw, state))
+        for raw, state in zip(ends, (ours, theirs), strict=True)
+    )
+    assert sending.can_write_now
+    sent = [random.Random(1).randbytes(3000)]
+    while sending.write_now(sent[-1]):
+        sent.append(random.Random(len(sent)).randbytes(3000))
+    sent.append(b"the next")
+    received: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sending.write_msg, sent[-1])
+        while len(received) < len(sent):
+            received.append(await receiving.read_msg())
+    assert received == sent
+    await receiving.close()
+    with pytest.raises(ConnectionClosedError):
+        sending.write_now(b"nobody is there")
+    await sending.close()
+    with pytest.raises(ConnectionClosedError):
+        sending.write_now(b"neither are we")
