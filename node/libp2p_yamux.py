@@ -50,9 +50,7 @@ PROTOCOL_ID = "/yamux/1.0.0"
 _QUEUED_DATA_FRAMES = 8  # half a MiB: enough to keep the writer busy, little for others to wait for
 _QUEUED_FRAMES = 4096  # all kinds; only a peer that provokes replies and reads none gets there
 _WRITE_BYTES = 4 * MESSAGE_BYTES  # a system call costs as much as encrypting half a message
-_AT_ONCE = (
-    32 * 1024
-)  # a step of the largest model; encrypting it takes less than a turn of the loop
+_AT_ONCE = 32 * 1024  # a step of the largest model; the loop waits while it is encrypted
 _FLUSH_SECONDS = 0.5  # what an orderly close waits for queued frames to leave
 
 

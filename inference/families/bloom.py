@@ -60,7 +60,7 @@ def _find_parts_at_once(block: nn.Module) -> None:
     """Let a block that was loaded find its parts among its own attributes.
 
     torch looks for a module's parts where all else has failed, and calls them through two layers of hooks:
-    a seventh of what Python does between two products of a block.
+    a sixth of what Python does between the products of a block.
     """
     for module in block.modules():
         for name, part in module.named_children():
@@ -73,12 +73,8 @@ def _find_parts_at_once(block: nn.Module) -> None:
 
 def _layer_norm(module: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
     """What the module does in the end."""
-    shape, weight, bias, epsilon = (
-        module.normalized_shape,
-        module.weight,
-        module.bias,
-        module.eps,
-    )
+    shape, epsilon = module.normalized_shape, module.eps
+    weight, bias = module.weight, module.bias
     return lambda x: torch.layer_norm(x, shape, weight, bias, epsilon)
 
 
