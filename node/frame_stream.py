@@ -1,6 +1,8 @@
 """Frames over a stream: hello first, every wait with a deadline, any number of senders."""
 
 import collections
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -27,6 +29,7 @@ class FrameStream:
         self._greeted = False
         self._decoder = FrameDecoder(limit)
         self._received: collections.deque[Frame] = collections.deque()
+        self._failure: Exception | None = None
         self._send_lock = trio.Lock()
         self.cut_off = False
         """Whether it has ended in the middle of a frame: the peer may just have died."""
@@ -71,14 +74,24 @@ class FrameStream:
     def _greeting(self) -> list[bytes | memoryview]:
         return [] if self._hello is None else encode(self._hello)
 
-    async def receive(self) -> Frame | None:
+    async def receive(self, at_once: Callable[[Frame], bool] | None = None) -> Frame | None:
         """The next frame, or None when the peer has ended the stream between two frames.
 
-        Raises RemoteProtocolError for bytes that are no frame, PeerError for a broken stream.
-        One caller at a time.
+        While it waits, ``at_once`` has the frames behind ``hello``, in the turn of the loop in which
+        they come; the first for which it returns False is what is returned.
+
+        Raises RemoteProtocolError for bytes that are no frame, PeerError for a broken stream, and
+        what ``at_once`` raises. One caller at a time.
         """
+        take = None if at_once is None else partial(self._take, at_once)
         while True:
             while not self._received:
+                if take is not None and self._greeted:
+                    await self._stream.wait(take)
+                    if self._failure is not None:
+                        raise self._failure
+                    if self._received:
+                        break
                 data = await self._stream.receive()
                 if not data:
                     if self._decoder.mid_frame:
@@ -98,6 +111,16 @@ class FrameStream:
                     f"{frame.version} of the protocol, this node {PROTOCOL_VERSION}: "
                     "update the older of the two"
                 )
+
+    def _take(self, at_once: Callable[[Frame], bool], data: bytes) -> bool:
+        """Whether to go on waiting for what comes behind ``data``."""
+        try:
+            self._received.extend(self._decoder.feed(data))
+            while self._received and at_once(self._received[0]):
+                self._received.popleft()
+        except Exception as error:  # noqa: BLE001 - for the task that waits, not for the connection
+            self._failure = error
+        return not self._received and self._failure is None
 
     def come(self, kind: type[F], most: int) -> list[F]:
         """Of the frames that have come already, the next ones of this kind; at most so many."""

@@ -120,6 +120,10 @@ class Libp2pStream:
         except MuxedStreamError as error:
             raise self._broken(error) from error
 
+    async def wait(self, take: Callable[[bytes], bool]) -> None:
+        """Let ``take`` have what comes, while there is nothing to ``receive``."""
+        await self._stream.wait(take)
+
     async def close(self) -> None:
         """Close both directions."""
         self._stream.close_now()

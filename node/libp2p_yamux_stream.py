@@ -7,6 +7,7 @@ call either happened or did not; nothing that the connection's reader calls awai
 
 import struct
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -81,6 +82,7 @@ class YamuxStream(IMuxedStream):
         self.protocol = "negotiation"
         """For the statistics; whoever negotiates it writes it here."""
         self._chunks: deque[bytes] = deque()
+        self._take: Callable[[bytes], bool] | None = None  # who waits for the next of them
         self._window = INITIAL_WINDOW  # its full size
         self._receivable = INITIAL_WINDOW  # what of it the peer may still use
         self._unwaited = 0  # reads since the loop had its turn
@@ -127,11 +129,23 @@ class YamuxStream(IMuxedStream):
         if max_bytes is not None and len(chunk) > max_bytes:
             self._chunks.appendleft(chunk[max_bytes:])
             chunk = chunk[:max_bytes]
-        self._consumed += len(chunk)
         self.muxed_conn.unread(-len(chunk))
-        if self._consumed * 2 >= self._window and not self._peer_done and not self._reset:
-            self._grant()
+        self._has_read(len(chunk))
         return chunk
+
+    async def wait(self, take: Callable[[bytes], bool]) -> None:
+        """Until there is something to ``receive``, or ``take`` has returned False.
+
+        Meanwhile ``take`` has what comes, right from the connection's reader; it must not raise.
+        """
+        self._take = take
+        try:
+            while self._take is not None and not (
+                self._chunks or self._peer_done or self._reset or self._abandoned_at is not None
+            ):
+                await self._wait_for_news()
+        finally:
+            self._take = None
 
     async def read(self, n: int | None = -1) -> bytes:
         """As the library wants it: at most ``n`` bytes, MuxedStreamEOF at the end."""
@@ -241,6 +255,11 @@ class YamuxStream(IMuxedStream):
             raise PeerMisbehaved(f"stream {self.stream_id} overran its receive window")
         if self._abandoned_at is not None:
             self._refuse_rest()
+        elif self._take is not None and not self._reset:  # there is nothing before it then
+            self._has_read(len(payload))
+            if not self._take(payload):
+                self._take = None
+                self._news.set()
         elif not self._reset:
             if self._chunks and len(self._chunks[-1]) + len(payload) <= _SMALL_CHUNK:
                 self._chunks[-1] += payload
@@ -300,6 +319,11 @@ class YamuxStream(IMuxedStream):
     def _refuse_rest(self) -> None:
         self.muxed_conn.queue_control(WINDOW_UPDATE, RST, self.stream_id)
         self.broken("closed while the peer was still sending")
+
+    def _has_read(self, size: int) -> None:
+        self._consumed += size
+        if self._consumed * 2 >= self._window and not self._peer_done and not self._reset:
+            self._grant()
 
     def _grant(self) -> None:
         growth = self.muxed_conn.grow_window(self._window)

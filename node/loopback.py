@@ -4,13 +4,15 @@ A node that serves blocks may be a hop of its own sessions, and nobody can dial 
 Streams to our own peer id stay in memory; all others go out as they are.
 """
 
+import collections
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
 from ..protocol.errors import ErrorCode, PeerError
 from .network import Network, NetworkStatistics, Stream, StreamHandler
+from .wakeup import Signal
 
 logger = logging.getLogger(__name__)
 
@@ -19,17 +21,16 @@ _MESSAGES = 2
 
 
 class LoopbackStream:
-    """The ``Stream`` port between two tasks of one node."""
+    """The ``Stream`` port between two tasks of one node; ``loopback_streams`` makes both ends."""
 
-    def __init__(
-        self,
-        peer_id: str,
-        outgoing: trio.MemorySendChannel[bytes],
-        incoming: trio.MemoryReceiveChannel[bytes],
-    ) -> None:
+    def __init__(self, peer_id: str) -> None:
         self._peer_id = peer_id
-        self._outgoing = outgoing
-        self._incoming = incoming
+        self._arrived: collections.deque[bytes] = collections.deque()
+        self._take: Callable[[bytes], bool] | None = None
+        self._closed = False
+        self._changed = Signal()
+        """There is more in ``arrived``, or less, or the end has come."""
+        self.other = self
 
     @property
     def peer_id(self) -> str:
@@ -39,35 +40,64 @@ class LoopbackStream:
     async def send(self, buffers: Sequence[bytes | memoryview]) -> None:
         """Hand the buffers over as one message."""
         message = b"".join(buffers)
-        try:
-            if message:
-                await self._outgoing.send(message)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise PeerError(
-                "the stream to ourselves is closed",
-                code=ErrorCode.UNREACHABLE,
-                peer_id=self._peer_id,
-            ) from None
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while message and not self.other._put(message):
+            if self._closed:
+                raise PeerError(
+                    "the stream to ourselves is closed",
+                    code=ErrorCode.UNREACHABLE,
+                    peer_id=self._peer_id,
+                )
+            await self.other._changed.wait()
 
     def send_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
         """Hand the buffers over, if there is room for a message."""
-        try:
-            self._outgoing.send_nowait(b"".join(buffers))
-        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
-            return False
-        return True
+        return self.other._put(b"".join(buffers))
 
     async def receive(self) -> bytes:
         """The next message, or b"" at the end."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._arrived:
+            if self._closed:
+                return b""
+            await self._changed.wait()
+        self._changed.notify()
+        return self._arrived.popleft()
+
+    async def wait(self, take: Callable[[bytes], bool]) -> None:
+        """Let ``take`` have what comes, while there is nothing to ``receive``."""
+        self._take = take
         try:
-            return await self._incoming.receive()
-        except (trio.EndOfChannel, trio.ClosedResourceError):
-            return b""
+            while self._take is not None and not self._arrived and not self._closed:
+                await self._changed.wait()
+        finally:
+            self._take = None
 
     async def close(self) -> None:
-        """Close both directions."""
-        self._outgoing.close()
-        self._incoming.close()
+        """Close both directions; what has arrived here is lost."""
+        self._arrived.clear()
+        for end in (self, self.other):
+            end._closed = True
+            end._changed.notify()
+
+    def _put(self, message: bytes) -> bool:
+        """What the other end does to this one; False: there is no room, or it is closed."""
+        if self._closed or len(self._arrived) >= _MESSAGES:
+            return False
+        if self._take is None:
+            self._arrived.append(message)
+            self._changed.notify()
+        elif not self._take(message):
+            self._take = None
+            self._changed.notify()
+        return True
+
+
+def loopback_streams(peer_id: str) -> tuple[LoopbackStream, LoopbackStream]:
+    """Two ends of one stream."""
+    ours, theirs = LoopbackStream(peer_id), LoopbackStream(peer_id)
+    ours.other, theirs.other = theirs, ours
+    return ours, theirs
 
 
 class LoopbackNetwork:
@@ -99,11 +129,9 @@ class LoopbackNetwork:
             return await self._outside.open_stream(peer_id, multiaddrs, protocol)
         if protocol not in self._handlers:
             raise PeerError(f"this node does not serve {protocol}", peer_id=peer_id)
-        there_send, there_receive = trio.open_memory_channel[bytes](_MESSAGES)
-        back_send, back_receive = trio.open_memory_channel[bytes](_MESSAGES)
-        theirs = LoopbackStream(peer_id, back_send, there_receive)
+        ours, theirs = loopback_streams(peer_id)
         self._nursery.start_soon(self._serve, self._handlers[protocol], theirs)
-        return LoopbackStream(peer_id, there_send, back_receive)
+        return ours
 
     async def _serve(self, handler: StreamHandler, stream: LoopbackStream) -> None:
         try:

@@ -64,6 +64,14 @@ class Stream(Protocol):
         """
         ...
 
+    async def wait(self, take: Callable[[bytes], bool]) -> None:
+        """Until ``receive`` would not wait, or ``take`` has returned False.
+
+        Meanwhile ``take`` has what comes, in the turn of the loop in which it comes; it must not
+        raise. One caller at a time, of ``receive``, too.
+        """
+        ...
+
     async def close(self) -> None:
         """Close both directions. Idempotent, does not raise, bounded in time even if cancelled."""
         ...

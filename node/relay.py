@@ -136,6 +136,11 @@ class RelayedSession:
         return bool(self.steps)
 
     @property
+    def full(self) -> bool:
+        """Whether steps have to wait for others to be computed."""
+        return len(self.steps) >= QUEUED_STEPS or self.ticket.backlogged
+
+    @property
     def over(self) -> bool:
         """Whether results do not matter any more."""
         return self.scope.cancel_called or self.closed.is_set()
@@ -598,18 +603,29 @@ class Relay:
         raise Refusal(ErrorCode.UNKNOWN_SESSION, "no session here that you are to link to")
 
     async def _read_link(self, session: RelayedSession, stream: FrameStream) -> None:
+        scope, replies = session.link_scope, list[Reply]()
+
+        def take(frame: Frame) -> bool:
+            """In the turn in which it came; whether there is no more to do about it."""
+            if scope.cancel_called or session.over or session.full or not isinstance(frame, Step):
+                return False
+            replies.extend(session.receive(frame))
+            return not replies
+
         while True:
-            while len(session.steps) >= QUEUED_STEPS:
-                await session.room.wait()
-            while session.ticket.backlogged:
-                await self._drained.wait()
-            frame = await stream.receive()
+            frame = await stream.receive(take)
             if frame is None:
                 return
             if not isinstance(frame, Step):
                 raise RemoteProtocolError(f"{frame.KIND} has no place on a link")
-            for reply in session.receive(frame):
-                await stream.send(reply.frame)
+            if not replies:
+                while len(session.steps) >= QUEUED_STEPS:
+                    await session.room.wait()
+                while session.ticket.backlogged:
+                    await self._drained.wait()
+                replies += session.receive(frame)
+            while replies:
+                await stream.send(replies.pop(0).frame)
 
 
 async def _say(stream: FrameStream, frame: Refused | Failed) -> None:

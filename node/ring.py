@@ -345,17 +345,23 @@ class Ring:
         opening: trio.CancelScope,
         mine: Callable[[], bool],
     ) -> None:
+        def take(frame: Frame) -> bool:
+            """An output, in the turn in which it came."""
+            if not isinstance(frame, Output):
+                return False
+            if mine():
+                self._take_output(peer, frame)
+            return True
+
         while True:
-            frame = await stream.receive()
+            frame = await stream.receive(take)
             if not mine():
                 continue
             if isinstance(frame, Ready):
                 opening.deadline = float("inf")
                 self._receive(HopReady(peer.peer_id))
             elif isinstance(frame, Output):
-                if not is_finite(to_torch(frame.hidden)):
-                    raise RemoteProtocolError("the outputs contain NaN or infinity")
-                self._receive(Returned(peer.peer_id, frame))
+                self._take_output(peer, frame)
             elif isinstance(frame, State):
                 self._receive(HopState(peer.peer_id, frame))
             elif isinstance(frame, Failed) and frame.peer_id not in (None, peer.peer_id):
@@ -365,6 +371,11 @@ class Ring:
             else:
                 said = "closed the session" if frame is None else f"sent {frame.KIND}"
                 raise PeerError(said, peer_id=peer.peer_id)
+
+    def _take_output(self, peer: Peer, output: Output) -> None:
+        if not is_finite(to_torch(output.hidden)):
+            raise RemoteProtocolError("the outputs contain NaN or infinity")
+        self._receive(Returned(peer.peer_id, output))
 
     def _replace_blamed(self, frame: Failed) -> None:
         """A hop says that its neighbour is at fault; if that is one of ours, replace it."""

@@ -1,7 +1,7 @@
 """What is due leaves in the turn in which it becomes due; the rest in its order, by a task."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import trio
@@ -41,6 +41,9 @@ class Pipe:
             await self.more.wait()
 
     async def receive(self) -> bytes:
+        raise NotImplementedError
+
+    async def wait(self, take: Callable[[bytes], bool]) -> None:
         raise NotImplementedError
 
     async def close(self) -> None:

@@ -108,11 +108,23 @@ class MemoryStream:
                 raise self._error(pipe.broken)
             await pipe.wait()
         await trio.lowlevel.checkpoint()
+        return self._next_piece()
+
+    def _next_piece(self) -> bytes:
+        pipe = self._incoming
         piece = pipe.pieces.popleft()
         pipe.size -= len(piece)
         pipe.news.set()
         self._count.received += len(piece)
         return piece
+
+    async def wait(self, take: Callable[[bytes], bool]) -> None:
+        pipe = self._incoming
+        while not self._closed and not pipe.ended and not pipe.broken:
+            if not pipe.pieces:
+                await pipe.wait()
+            elif not take(self._next_piece()):
+                return
 
     async def close(self) -> None:
         self._closed = True
