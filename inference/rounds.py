@@ -18,7 +18,7 @@ from .attention import LaneRows
 from .model import Blocks
 from .schedule import Share
 from .steps import Step
-from .tensors import is_finite, to_torch, to_wire, torch_dtype
+from .tensors import is_finite, to_bytes, to_torch, to_wire, torch_dtype
 
 
 @dataclass(slots=True)
@@ -128,7 +128,7 @@ class Rounds:
     def _decode(
         self, plain: list[Step], outcome: Outcome
     ) -> tuple[list[Step], torch.Tensor | None]:
-        """Those of ``plain`` whose inputs are finite, and these inputs ``[rows, hidden]``."""
+        """Those of ``plain`` that can be computed, and their inputs ``[rows, hidden]``."""
         wires = [step.hidden for step in plain]
         width, dtype = self._blocks.hidden_size, wires[0].dtype
         if len(wires) > 1 and all(wire.dtype is dtype for wire in wires):
@@ -140,7 +140,9 @@ class Rounds:
             for wire in wires
         ]
         rows = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        if is_finite(rows):
+        # Where nothing is cut, there is time to look when something is wrong with the output.
+        cut = any(step.position < step.owner.cache.position for step in plain)
+        if not cut or is_finite(rows):
             return plain, rows
         good, finite = [], []
         for step, own in _split(rows, plain):
@@ -177,7 +179,7 @@ class Rounds:
         ends = [(step, 1) for step in plain] + [(piece.step, piece.end) for piece in pieces]
         for step, end in ends:
             result = batch.get(step)
-            if isinstance(result, ModelError):
+            if isinstance(result, PetalsError):
                 step.owner.cache.truncate(step.position)
                 outcome.errors[step] = result
                 continue
@@ -189,7 +191,7 @@ class Rounds:
 
     def _run_batch(
         self, plain: Sequence[Step], rows: torch.Tensor | None, pieces: "Sequence[_Piece]"
-    ) -> dict[Step, WireTensor | ModelError]:
+    ) -> dict[Step, WireTensor | PetalsError]:
         """What comes out for every step that this batch completes or that cannot go on.
 
         Raises whatever torch raises; no session has changed then.
@@ -205,7 +207,9 @@ class Rounds:
             output = self._blocks.run(hidden[None], self._blocks.plan(lanes), span)[0]
         else:  # nothing but padding
             output = torch.empty((0, self._blocks.hidden_size))
-        outputs = output.split([0 if rows is None else len(rows), *(p.size for p in pieces)])
+        outputs: Sequence[torch.Tensor] = (output,)
+        if pieces:
+            outputs = output.split([0 if rows is None else len(rows), *(p.size for p in pieces)])
         batch = _encode(outputs[0], plain)
         for piece, own in zip(pieces, outputs[1:], strict=True):
             piece.take(own, batch)
@@ -214,7 +218,7 @@ class Rounds:
             owners += [(piece.step, own) for piece, own in zip(pieces, outputs[1:], strict=True)]
             for step, own in owners:
                 if not is_finite(own):
-                    batch[step] = ModelError(f"blocks {step.span} gave NaN or infinity")
+                    batch[step] = _not_finite(step)
         return batch
 
 
@@ -239,7 +243,7 @@ class _Piece:
                 self._places.append(step.output[lane, first:end])
         self.size = sum(len(rows) for rows in self.inputs)
 
-    def take(self, output: torch.Tensor, batch: dict[Step, WireTensor | ModelError]) -> None:
+    def take(self, output: torch.Tensor, batch: dict[Step, WireTensor | PetalsError]) -> None:
         """Keep the piece's ``output`` ``[size, hidden]``; the last piece completes its step."""
         step = self.step
         assert step.output is not None
@@ -268,9 +272,9 @@ def _begin(step: Step) -> None:
         session.shared.begin_step(step.position)
 
 
-def _encode(output: torch.Tensor, plain: Sequence[Step]) -> dict[Step, WireTensor | ModelError]:
+def _encode(output: torch.Tensor, plain: Sequence[Step]) -> dict[Step, WireTensor | PetalsError]:
     """The outputs ``[rows, hidden]`` of plain steps, each in its wire dtype."""
-    batch: dict[Step, WireTensor | ModelError] = {}
+    batch: dict[Step, WireTensor | PetalsError] = {}
     for dtype in {step.wire_dtype for step in plain}:
         steps, rows = [*plain], output
         if any(step.wire_dtype is not dtype for step in plain):
@@ -281,14 +285,13 @@ def _encode(output: torch.Tensor, plain: Sequence[Step]) -> dict[Step, WireTenso
             if not is_finite(rows):
                 large = [step for step, part in _split(rows, steps) if not is_finite(part)]
                 batch |= {step: _too_large(step) for step in large}
-        wire = to_wire(rows, dtype)
+        data = to_bytes(rows, dtype)
         width, row_bytes = rows.shape[1], dtype.row_bytes(rows.shape[1])
         start = 0
         for step in steps:
             end = start + step.batch * row_bytes
             if step not in batch:
-                data = bytes(wire.data[start:end])
-                batch[step] = WireTensor(dtype, (step.batch, 1, width), data)
+                batch[step] = WireTensor(dtype, (step.batch, 1, width), data[start:end])
             start = end
     return batch
 
@@ -308,6 +311,12 @@ def _as_ours(step: Step, error: Exception) -> PetalsError:
     if isinstance(error, PetalsError):
         return error
     return ModelError(f"computing blocks {step.span} failed: {error}")
+
+
+def _not_finite(step: Step) -> PetalsError:
+    if step.input is None and not is_finite(to_torch(step.hidden)):
+        return _poison()
+    return ModelError(f"blocks {step.span} gave NaN or infinity")
 
 
 def _too_large(step: Step) -> ModelError:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..inference.tensors import to_torch, to_wire
+from ..inference.tensors import to_wire
 from ..protocol.chain import SessionTerms
 from ..protocol.errors import ConfigError, PetalsError
 from ..protocol.log import OutputLog, fits
@@ -58,11 +58,11 @@ class HiddenSession:
         wire = to_wire(hidden, self._terms.wire_dtype)
         self._log.append(WireTensor(wire.dtype, wire.shape, bytes(wire.data)))
         try:
-            outputs = await ring.step(rows, want=rows)
+            output = await ring.step(rows, want=rows)
         except BaseException:
             self._cut(start, ring)
             raise
-        return torch.cat([to_torch(output, dtype=hidden.dtype) for output in outputs], dim=1)
+        return output.to(hidden.dtype, copy=True)  # of memory that is the caller's
 
     def read(self, start: int, stop: int) -> WireTensor:
         """The rows of these positions: what is due must be what is here now."""

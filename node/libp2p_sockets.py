@@ -4,6 +4,7 @@ Each class here is the library's with one or two methods overridden; the docstri
 says what went wrong without it.
 """
 
+import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
@@ -60,7 +61,8 @@ class BufferedSocket(ExactReader, TrioTCPStream):
     """A socket that asks the kernel once for several Noise messages.
 
     One task reads and one writes, so that nobody takes a lock: the library's own ``read`` and ``write``
-    wait for a turn of the loop to do so, for every message.
+    wait for a turn of the loop to do so, for every message. Nor does anybody try to read before there is
+    something, as trio's stream does: that costs a system call and an exception for every message.
     """
 
     async def write(self, data: bytes) -> None:
@@ -86,12 +88,19 @@ class BufferedSocket(ExactReader, TrioTCPStream):
 
     async def _receive(self) -> bytes:
         """What the kernel has; b"" at the end, and on a socket that we have closed ourselves."""
+        socket = self.stream.socket
         try:
-            return bytes(await self.stream.receive_some(_READ_BYTES))
-        except trio.BrokenResourceError as error:
-            raise _broken(error) from error
+            if os.name != "posix":  # where a socket is no file
+                return bytes(await self.stream.receive_some(_READ_BYTES))
+            while socket.fileno() >= 0:
+                await trio.lowlevel.wait_readable(socket)
+                with contextlib.suppress(BlockingIOError):
+                    return os.read(socket.fileno(), _READ_BYTES)
         except trio.ClosedResourceError:
-            return b""
+            pass
+        except (trio.BrokenResourceError, OSError) as error:
+            raise _broken(error) from error
+        return b""
 
 
 def _broken(error: Exception) -> ConnectionClosedError:

@@ -140,9 +140,7 @@ class YamuxStream(IMuxedStream):
         """
         self._take = take
         try:
-            while self._take is not None and not (
-                self._chunks or self._peer_done or self._reset or self._abandoned_at is not None
-            ):
+            while self._takes():
                 await self._wait_for_news()
         finally:
             self._take = None
@@ -301,6 +299,10 @@ class YamuxStream(IMuxedStream):
         if self._news.is_set():
             self._news = trio.Event()
         await self._news.wait()
+
+    def _takes(self) -> bool:
+        to_see = self._chunks or self._peer_done or self._reset or self._abandoned_at is not None
+        return self._take is not None and not to_see
 
     def _check_sendable(self) -> None:
         if self._reset:

@@ -68,7 +68,7 @@ class LoopbackStream:
         """Let ``take`` have what comes, while there is nothing to ``receive``."""
         self._take = take
         try:
-            while self._take is not None and not self._arrived and not self._closed:
+            while self._takes():
                 await self._changed.wait()
         finally:
             self._take = None
@@ -79,6 +79,9 @@ class LoopbackStream:
         for end in (self, self.other):
             end._closed = True
             end._changed.notify()
+
+    def _takes(self) -> bool:
+        return self._take is not None and not self._arrived and not self._closed
 
     def _put(self, message: bytes) -> bool:
         """What the other end does to this one; False: there is no room, or it is closed."""

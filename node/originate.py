@@ -24,7 +24,7 @@ from ..inference.checkpoint import Checkpoint
 from ..inference.head import Head, HeadRows
 from ..inference.model import Ends
 from ..inference.sampling import Sampler, SamplerState, SamplingParams, TokenLogprobs
-from ..inference.tensors import to_torch, to_wire
+from ..inference.tensors import to_wire
 from ..protocol.chain import SessionTerms
 from ..protocol.errors import ConfigError, LocalProtocolError, PetalsError
 from ..protocol.frames import Hello
@@ -212,9 +212,7 @@ class Session:
         self._check_room(length)
         if length - want < ring.length:
             ring.rewind(length - want)
-        outputs = await ring.step(length - ring.length, want=want)
-        tensors = [to_torch(output) for output in outputs]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
+        return await ring.step(length - ring.length, want=want)
 
     def embed(self, start: int, stop: int) -> WireTensor | Callable[[], Awaitable[WireTensor]]:
         """The embeddings [batch, stop - start, hidden_size] of positions of this session."""

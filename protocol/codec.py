@@ -15,6 +15,7 @@ Rules of this file:
 """
 
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -122,19 +123,34 @@ def _take_bin(body: memoryview, offset: int) -> tuple[memoryview, int]:
     return body[start:end], end
 
 
+_three = tuple_of(lambda item: item, 3)
+_dimensions = tuple_of(lambda item: item, MAX_DIMENSIONS)
+
+
 def _wire_tensor(described: Any, data: memoryview) -> WireTensor:
     try:
-        dtype_name, shape, compression = tuple_of(lambda item: item, 3)(described)
-        size, elements = integer(1, MAX_FRAME), dtype(dtype_name)
-        if compression != elements.compression:
-            raise RemoteProtocolError(
-                f"unknown tensor compression {_shown(compression)} of {elements}"
-            )
-        return WireTensor(elements, tuple_of(size, MAX_DIMENSIONS)(shape), data)
+        dtype_name, shape, compression = _three(described)
+        kind = (dtype_name, compression, *_dimensions(shape))
+        try:
+            elements, sizes = _known_kind(*kind)
+        except TypeError:  # something in it cannot be looked up
+            elements, sizes = _kind(*kind)
+        return WireTensor(elements, sizes, data)
     except ValueError:
         raise RemoteProtocolError("a tensor is described by [dtype, shape, compression]") from None
     except BadValueError as bad:
         raise RemoteProtocolError(f"a tensor's dtype or shape is not {bad}") from None
+
+
+def _kind(dtype_name: Any, compression: Any, *shape: Any) -> tuple[DType, tuple[int, ...]]:
+    elements, size = dtype(dtype_name), integer(1, MAX_FRAME)
+    if compression != elements.compression:
+        raise RemoteProtocolError(f"unknown tensor compression {_shown(compression)} of {elements}")
+    return elements, tuple(map(size, shape))
+
+
+_known_kind = lru_cache(maxsize=256, typed=True)(_kind)
+"""Nearly every tensor is of the same kind as the one before it."""
 
 
 def _unpack_header(body: memoryview) -> tuple[int, Any, int]:

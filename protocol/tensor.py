@@ -15,6 +15,7 @@ takes it from Dettmers et al., arXiv 2110.02861).
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from .errors import RemoteProtocolError
 
@@ -61,15 +62,21 @@ class WireTensor:
     data: bytes | memoryview
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.shape) <= MAX_DIMENSIONS:
-            raise RemoteProtocolError(
-                f"a tensor has 1 to {MAX_DIMENSIONS} dimensions, got shape {self.shape}"
-            )
-        if any(size < 1 for size in self.shape):
-            raise RemoteProtocolError(f"a tensor has no empty dimension, got shape {self.shape}")
-        expected = math.prod(self.shape[:-1]) * self.dtype.row_bytes(self.shape[-1])
+        expected = _bytes_of(self.dtype, self.shape)
         if len(self.data) != expected:
             raise RemoteProtocolError(
                 f"a {self.dtype} tensor of shape {self.shape} takes {expected} bytes, "
                 f"got {len(self.data)}"
             )
+
+
+@lru_cache(maxsize=256)
+def _bytes_of(dtype: DType, shape: tuple[int, ...]) -> int:
+    """What a tensor takes. Raises RemoteProtocolError for a shape that none has."""
+    if not 1 <= len(shape) <= MAX_DIMENSIONS:
+        raise RemoteProtocolError(
+            f"a tensor has 1 to {MAX_DIMENSIONS} dimensions, got shape {shape}"
+        )
+    if any(size < 1 for size in shape):
+        raise RemoteProtocolError(f"a tensor has no empty dimension, got shape {shape}")
+    return math.prod(shape[:-1]) * dtype.row_bytes(shape[-1])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,20 @@ def test_a_linear_in_pieces_is_a_linear(
     whole = pack_linear(weight.shape, rows, bias, weights, CPU)
     torch.testing.assert_close(whole.gelu(x), F.gelu(whole(x), approximate="tanh"))
     torch.testing.assert_close(whole.added_to(expected, x), expected + whole(x))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("weights", list(WeightFormat))
+def test_a_row_that_is_not_finite_changes_no_other(weights: WeightFormat, bad: float) -> None:
+    weight = matrix(192, 256)
+    linear = pack_linear(weight.shape, lambda a, b: weight[a:b], None, weights, CPU)
+    for count in (2, 5, 40):
+        x, residual = torch.randn(count, 256), torch.randn(count, 192)
+        poisoned = x.clone()
+        poisoned[1, 7] = bad
+        others = [row for row in range(count) if row != 1]
+        for run in (linear, linear.gelu, partial(linear.added_to, residual)):
+            assert torch.equal(run(poisoned)[others], run(x)[others])
 
 
 def test_float32_weights_that_float16_holds_lose_nothing_and_others_neither() -> None:

@@ -164,6 +164,59 @@ async def test_cancelling_a_receiver_loses_nothing(world: World) -> None:
         await stream.close()
 
 
+async def test_who_waits_has_what_comes_and_nothing_is_lost(world: World) -> None:
+    async with world.network() as server, world.network(serve=False) as client:
+        server.handle(ECHO, echo)
+        stream = await client.open_stream(server.peer_id, server.multiaddrs, ECHO)
+        taken: list[bytes] = []
+
+        def take(data: bytes) -> bool:
+            taken.append(data)
+            return not data.endswith(b".")
+
+        for number in range(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.wait, take)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+            message = b"%02d" % number
+            await stream.send([message])
+            assert await receive_exactly(stream, 2) == message
+        assert not taken
+        large = bytes(MEBIBYTE)  # more than a window
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.wait, take)
+            for message in (b"head", large, b"tail."):
+                await stream.send([message])
+        assert b"".join(taken) == b"head" + large + b"tail."
+        await stream.send([b"more"])
+        assert await receive_exactly(stream, 4) == b"more"
+        await stream.close()
+        await stream.wait(take)
+        with pytest.raises(PeerError):
+            await stream.receive()
+
+
+async def test_who_waits_hears_of_the_end(world: World) -> None:
+    async with world.network() as server, world.network(serve=False) as client:
+
+        async def part(stream: Stream) -> None:
+            if await stream.receive() == b"fail":
+                raise RuntimeError("a bug in a handler")
+
+        server.handle("/petals/part/1", part)
+        for message in (b"go", b"fail"):
+            stream = await client.open_stream(server.peer_id, server.multiaddrs, "/petals/part/1")
+            await stream.send([message])
+            await stream.wait(lambda _: True)
+            if message == b"go":
+                assert await stream.receive() == b""
+            else:
+                with pytest.raises(PeerError, match=server.peer_id):
+                    await stream.receive()
+            await stream.close()
+
+
 async def test_a_handler_that_fails_breaks_its_stream_and_nothing_else(world: World) -> None:
     async with world.network() as server, world.network(serve=False) as client:
 
