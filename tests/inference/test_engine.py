@@ -158,6 +158,23 @@ def test_what_is_wrong_with_a_step_is_said_and_changes_nothing(engine: Engine) -
     )
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_session_goes_on_behind_a_row_that_was_not_finite(engine: Engine, bad: float) -> None:
+    for name in (b"s", b"untouched"):
+        engine.open(name, batch=1, max_tokens=10)
+        submit(engine, name, 0, rows(4)).result(timeout=60)
+    poison = to_torch(rows(1)).clone()
+    poison[0, 0, 7] = bad
+    refused = submit(engine, b"s", 4, to_wire(poison)).exception(timeout=60)
+    assert isinstance(refused, RemoteProtocolError)
+    for position in (4, 5, 6):
+        outputs = [
+            submit(engine, name, position, rows(1, seed=position)).result(timeout=60)
+            for name in (b"s", b"untouched")
+        ]
+        assert bytes(outputs[0].data) == bytes(outputs[1].data)
+
+
 def test_rows_of_a_batch_go_on_from_others(engine: Engine) -> None:
     """Beside sessions of one row each, which run the rows from which each of the batch has come."""
     prompts = [rows(5, seed=seed) for seed in range(3)]
