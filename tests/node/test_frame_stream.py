@@ -5,6 +5,7 @@ import trio
 import trio.testing
 from petals.node.frame_stream import FrameStream
 from petals.node.loopback import LoopbackStream, loopback_streams
+from petals.protocol.codec import encode
 from petals.protocol.errors import RemoteProtocolError
 from petals.protocol.frames import PROTOCOL_VERSION, Frame, Hello, Probe
 
@@ -54,23 +55,19 @@ async def test_frames_are_taken_in_the_turn_in_which_they_come() -> None:
         await sender.close()
 
 
-async def test_who_takes_a_frame_may_refuse_it() -> None:
+@pytest.mark.parametrize(
+    ("sent", "complaint"),
+    [(encode(Probe(13)), "an unlucky number"), ([b"\0\0\0\1x"], "msgpack array")],
+    ids=["refused", "no frame"],
+)
+async def test_what_is_wrong_with_a_frame_is_told_to_who_waits(
+    sent: list[bytes | memoryview], complaint: str
+) -> None:
     ours, theirs = loopback_streams("12D3peer")
     sender, reader = FrameStream(ours, HELLO), Reader(theirs, most=99)
-    with pytest.RaisesGroup(pytest.RaisesExc(RemoteProtocolError, match="an unlucky number")):
+    with pytest.RaisesGroup(pytest.RaisesExc(RemoteProtocolError, match=complaint)):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reader.run)
             await sender.send(Probe(1))
             await trio.testing.wait_all_tasks_blocked()
-            assert sender.send_now(Probe(13))
-
-
-async def test_what_is_no_frame_is_told_to_who_waits() -> None:
-    ours, theirs = loopback_streams("12D3peer")
-    sender, reader = FrameStream(ours, HELLO), Reader(theirs, most=99)
-    with pytest.RaisesGroup(pytest.RaisesExc(RemoteProtocolError, match="msgpack array")):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(reader.run)
-            await sender.send(Probe(1))
-            await trio.testing.wait_all_tasks_blocked()
-            assert ours.send_now([b"\0\0\0\1x"])
+            assert ours.send_now(sent)
