@@ -24,7 +24,7 @@ from .device import as_device
 from .families import Dimensions, Family, find_family
 from .gguf import load_gguf_tokenizer, open_gguf
 from .hub import FetchedSource, GgufSource, Source, open_source
-from .kernels import WeightFormat, widens
+from .kernels import WeightFormat, bytes_per_weight, widens
 from .loading import fill_module
 from .model import Blocks, Ends
 from .precision import Precision, resolve_precision
@@ -228,7 +228,7 @@ class Checkpoint:
         if weights is WeightFormat.FLOAT32 and self.dtype in (torch.float16, torch.bfloat16):
             stored = WeightFormat(str(self.dtype).removeprefix("torch."))
             weights = stored if widens(stored, device) else weights  # held without loss
-        return int(self.block_parameters() * weights.bytes_per_weight)
+        return int(self.block_parameters() * bytes_per_weight(weights, device))
 
     def block_parameters(self) -> int:
         """The number of parameters of one block, the first or the last: mixtures begin dense."""

@@ -45,8 +45,11 @@ def _source() -> str:
         "native.py",
         "native_attention.c",
         "native_product.c",
+        "native_twelve.c",
         "native_vectors.h",
+        "packed.py",
         "throughput.py",
+        "twelve_bits.py",
     ):
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:12]

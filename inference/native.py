@@ -1,54 +1,31 @@
-"""Our own kernels in C, compiled for the processor at hand, and called on tensors.
+"""Our own kernels in C, called on tensors.
 
-They are compiled when they are first needed (some seconds) and kept in the user's cache, by what
-they were made from and for. Where there is no C compiler with OpenMP, or a processor that they are
-not written for, there are none, and the libraries' kernels do the work; a node that lacks it is slower
-and computes the same.
+Where there is no C compiler with OpenMP, or a processor that they are not written for, there are
+none, and the libraries' kernels do the work; a node that lacks them is slower and computes the same.
 """
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
-import math
-import mmap
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import quantiles
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
-import psutil
 import torch
-from torch.nn import functional as F
 
+from .native_library import NativeError, open_library
+from .packed import NATIVE_DTYPES, PackedMatrix, in_panels
 from .quantizing import Int8Weights, Nf4Weights
+from .twelve_bits import TwelveBits
 
 logger = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int64]
 
-_SOURCES = [Path(__file__).parent / f"native_{part}.c" for part in ("product", "attention")]
-_HEADER = Path(__file__).parent / "native_vectors.h"
-_COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c11")
-_COMPILE_SECONDS = 120.0
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
-"""``enum dtype``; NF4 are unsigned bytes here."""
 _FEW_STREAMS = 4
 """Until it is known what is fastest here."""
-_LARGE = 1 << 22
-"""Bytes of a matrix that no cache holds for long: only there does it matter how memory is read."""
 _TRIALS = 61
 """Of each number of streams, before one is chosen."""
 _PRODUCTS = (500, 10_000)
@@ -58,59 +35,8 @@ compute beside others that load, and at most; twice as many from time to time.""
 _void, _size, _int, _float = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_float
 
 
-class _Matrix(ctypes.Structure):
-    """``struct matrix``."""
-
-    _fields_ = (
-        ("data", _void),
-        ("scales", _void),
-        ("group", _size),
-        ("features", _size),
-        ("inputs", _size),
-        ("dtype", _int),
-    )
-
-
 _Views = ctypes.c_int64 * 9
 """``struct strided`` three times."""
-
-
-class NativeError(RuntimeError):
-    """It cannot be had here; the text says why."""
-
-
-@dataclass(frozen=True)
-class PackedMatrix:
-    """A matrix ``[out, in]``, packed for ``Native.multiply``."""
-
-    features: int
-    inputs: int
-    padded: int
-    """Output features, made up to whole panels; those beyond ``features`` give no sense."""
-    data: torch.Tensor
-    scales: torch.Tensor | None = None
-    """``[panels, groups, panel]``, float32."""
-    group: int = 0
-    """Inputs that share a scale; 0 without scales."""
-
-    @functools.cached_property
-    def large(self) -> bool:
-        """Whether it matters how it is read."""
-        return self.scales is None and self.data.nbytes >= _LARGE
-
-    @functools.cached_property
-    def described(self) -> object:
-        """Where it is and what: a ``struct matrix``, made once."""
-        return ctypes.byref(
-            _Matrix(
-                self.data.data_ptr(),
-                None if self.scales is None else self.scales.data_ptr(),
-                self.group,
-                self.padded,
-                self.inputs,
-                _DTYPES[self.data.dtype],
-            )
-        )
 
 
 def lane_memory(keys: torch.Tensor, values: torch.Tensor, key_norms: torch.Tensor) -> list[int]:
@@ -161,20 +87,6 @@ class CachedLanes:
         return self._address + block * self._table.strides[0]
 
 
-def mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in memory of their own, in huge pages where there are any.
-
-    In malloc's heap, what stays would lie between the pieces that come and go while it is packed,
-    and they would never go back to the system: a large block would take twice its size.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
 class Native:
     """The compiled functions. All tensors are on the CPU; what is not said is float32."""
 
@@ -183,6 +95,7 @@ class Native:
             constant.restype = _size
         self._panel: int = library.panel_features()
         self._block_rows: int = library.block_rows()
+        self.twelve_bits = TwelveBits(library, self._panel)
         most: int = library.most_streams()
         self.streams = tuple(sorted({2, _FEW_STREAMS, most}))
         """What ``multiply`` may be given as such."""
@@ -204,34 +117,22 @@ class Native:
         """``[out, in]`` of 32 or 16 bits, in the order that ``multiply`` reads it in."""
         if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"weights of {weight.dtype} cannot be packed")
-        return self._packed(weight)
+        return in_panels(weight, self._panel)
+
+    def pack_twelve(self, weight: torch.Tensor) -> PackedMatrix | None:
+        """The same of bfloat16, in 12 bits; None if that is not possible without loss."""
+        if weight.dtype != torch.bfloat16 or not self.twelve_bits.available:
+            return None
+        return self.twelve_bits.pack(weight)
 
     def pack_int8(self, weights: Int8Weights) -> PackedMatrix:
         """The same of 8-bit integers."""
         inputs = weights.integers.shape[1]
-        return self._packed(weights.integers, weights.scales[:, None], group=inputs)
+        return in_panels(weights.integers, self._panel, weights.scales[:, None], group=inputs)
 
     def pack_nf4(self, weights: Nf4Weights) -> PackedMatrix:
         """The same of 4-bit NF4: two of them in a byte."""
-        return self._packed(weights.codes, weights.scales, group=weights.group)
-
-    def _packed(
-        self, weight: torch.Tensor, scales: torch.Tensor | None = None, *, group: int = 0
-    ) -> PackedMatrix:
-        (features, inputs), panel = weight.shape, self._panel
-        panels = -(-features // panel)
-        nibbles = weight.dtype == torch.uint8
-        data = mapped_zeros((panels, inputs, panel // 2 if nibbles else panel), weight.dtype)
-        for number, some in enumerate(weight.split(panel)):
-            columns = some.t()
-            if nibbles:
-                columns = F.pad(columns, (0, panel - len(some)))
-                columns = columns[:, : panel // 2] | columns[:, panel // 2 :] << 4
-            data[number, :, : columns.shape[1]] = columns
-        if scales is not None:
-            padded = F.pad(scales, (0, 0, 0, panels * panel - features))
-            scales = padded.view(panels, panel, -1).transpose(1, 2).contiguous()
-        return PackedMatrix(features, inputs, panels * panel, data, scales, group)
+        return in_panels(weights.codes, self._panel, weights.scales, group=weights.group)
 
     def _tried(self, streams: int, seconds: float) -> None:
         """Take a sample; when there are enough, decide.
@@ -421,7 +322,7 @@ class Native:
             scale,
             softcap or 0.0,
             None if slopes is None else slopes.data_ptr(),
-            _DTYPES[lanes.dtype],
+            NATIVE_DTYPES[lanes.dtype],
             self._chosen(streams),
         )
 
@@ -445,67 +346,4 @@ def native() -> Native | None:
 
 def open_native() -> Native:
     """The compiled functions. Raises NativeError or OSError where they cannot be had."""
-    return Native(ctypes.CDLL(str(_library())))
-
-
-def _library() -> Path:
-    """The compiled file, made if it is not there. Raises NativeError or OSError."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        raise NativeError(f"our kernels are not written for {platform.machine()}")
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    if shutil.which(compiler[0]) is None:
-        raise NativeError(f"there is no C compiler ({compiler[0]})")
-    openmp = _openmp()
-    made_from = [
-        *[path.read_bytes() for path in (_HEADER, *_SOURCES)],
-        " ".join([*compiler, *_COMPILE, openmp]).encode(),
-        _run([*compiler, "--version"]),
-        _processor(),
-    ]
-    name = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:32]
-    folder = platformdirs.user_cache_path("petals-node") / "native"
-    library = folder / f"{name}.so"
-    if not library.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as making:
-            made = Path(making) / library.name
-            objects = [str(Path(making) / f"{source.stem}.o") for source in _SOURCES]
-            commands = [
-                [*compiler, *_COMPILE, "-c", str(source), "-o", compiled]
-                for source, compiled in zip(_SOURCES, objects, strict=True)
-            ]
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(_run, commands))
-            # without -fopenmp, which would link a second OpenMP, with threads of its own
-            _run([*compiler, "-shared", *objects, openmp, "-lm", "-o", str(made)])
-            made.replace(library)
-    return library
-
-
-def _openmp() -> str:
-    """The OpenMP library that torch has loaded."""
-    for loaded in psutil.Process().memory_maps():
-        if Path(loaded.path).name.startswith("libgomp"):
-            return str(loaded.path)
-    raise NativeError("torch computes without GNU's OpenMP here")
-
-
-def _processor() -> bytes:
-    """What ``-march=native`` depends on."""
-    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    return b"\n".join(
-        next((line for line in lines if line.startswith(field)), b"")
-        for field in (b"flags", b"model name")
-    )
-
-
-def _run(command: Sequence[str]) -> bytes:
-    try:
-        return subprocess.run(  # noqa: S603 - the user's own compiler
-            command, check=True, capture_output=True, timeout=_COMPILE_SECONDS
-        ).stdout
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().splitlines()
-        raise NativeError(f"{shlex.join(command[:1])}: {said[0] if said else error}") from error
-    except subprocess.TimeoutExpired as error:
-        raise NativeError(str(error)) from error
+    return Native(open_library())

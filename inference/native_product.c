@@ -1,12 +1,13 @@
-/* Rows times a matrix of 32, 16, 8 or 4 bits.
+/* Rows times a matrix of 32, 16, 12, 8 or 4 bits.
 
    What libraries have for it reaches two thirds of the memory's speed for one row, and a third for
    sixteen.
 
    Weights are packed in panels: PANEL output features, all inputs, feature by feature within one
    input. Walking through a panel reads memory in order, and a vector holds neighbouring features,
-   so nothing has to be summed across a vector. Weights of less than 16 bits have scales, one for a
-   feature and a group of inputs: they scale the sum of the group. */
+   so nothing has to be summed across a vector. Weights of 8 and of 4 bits have scales, one for a
+   feature and a group of inputs: they scale the sum of the group. Those of 12 bits are bfloat16, without
+   loss (twelve_bits.py): the few that do not fit are 0 there, and are added one by one. */
 
 #include <omp.h>
 #include <stdatomic.h>
@@ -29,6 +30,7 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
 #define MOST_TOGETHER (MAX_TILE < 8 ? 4 : 8) /* panels that are walked through side by side */
 #define DEPTH 256 /* inputs at once: a panel's part of them is near when the next tile wants it */
 #define BLOCK_ROWS (8 * MAX_TILE)
+#define EXPONENTS 16 /* that weights of a panel may have in 12 bits */
 #define AHEAD 8192 /* bytes: two pages, so that addresses are looked up in time, too */
 
 ptrdiff_t panel_features(void) { return PANEL; }
@@ -46,12 +48,16 @@ INLINE ptrdiff_t panel_row(enum dtype dtype) {
     switch (dtype) {
     case NF4: return LANES;
     case INT8: return PANEL;
+    case TWELVE: return PANEL + LANES;
     default: return PANEL * (ptrdiff_t)width(dtype);
     }
 }
 
-INLINE struct pair load_weights(const char *p, const enum dtype dtype) {
+INLINE struct pair load_weights(const char *p, const enum dtype dtype, const uint8_t *exponents) {
     switch (dtype) {
+#ifdef TWELVE_BITS
+    case TWELVE: return from_twelve((const uint8_t *)p, exponents);
+#endif
     case NF4: return from_nibbles((const uint8_t *)p, LEVELS);
     case INT8: {
         const int8_t *integers = (const int8_t *)p;
@@ -67,6 +73,7 @@ struct part {
     ptrdiff_t panel_size;   /* bytes from one panel to the next */
     const float *scales;    /* [PANEL], of the first panel, or NULL */
     ptrdiff_t panel_scales; /* from those of one panel to those of the next */
+    const uint8_t *exponents; /* [EXPONENTS] of each panel, or NULL */
     const float *rows;      /* [count][rows] */
     ptrdiff_t count;
     ptrdiff_t left;    /* inputs from here to the end of the panel */
@@ -101,7 +108,7 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
             UNROLL for (int p = 0; p < panels; p++) {
                 UNROLL for (ptrdiff_t line = 0; line < row_bytes; line += LINE)
                     _mm_prefetch(asked + p * panel_size + line, _MM_HINT_T0);
-                const struct pair pair = load_weights(weights + p * panel_size, dtype);
+                const struct pair pair = load_weights(weights + p * panel_size, dtype, part->exponents + p * EXPONENTS);
                 UNROLL for (int r = 0; r < rows; r++) {
                     const vec value = SET(x[r]);
                     sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
@@ -121,10 +128,10 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
 /* Panels that are walked through together: enough sums to hide what an addition takes. */
 #define TOGETHER(rows) (4 * (rows) <= MAX_TILE ? 4 : 2 * (rows) <= MAX_TILE ? 2 : 1)
 
-/* One row of whole lines waits for memory. How many streams of it a processor reads fastest is the
+/* One row of 12 bits or more waits for memory. How many streams of it a processor reads fastest is the
    caller's to know; they are taken where every thread has enough to do all the same. */
 INLINE int together_of(ptrdiff_t rows, ptrdiff_t panels, const enum dtype dtype, int streams) {
-    if (rows == 1 && panel_row(dtype) >= LINE && panels >= 4 * streams * omp_get_max_threads())
+    if (rows == 1 && dtype != INT8 && dtype != NF4 && panels >= 4 * streams * omp_get_max_threads())
         return streams;
     return TOGETHER(least(rows, MAX_TILE));
 }
@@ -162,29 +169,63 @@ static void any_tile(const struct part *part, int rows, int panels, enum dtype d
     case INT8: tile_of(part, rows, panels, INT8); break;
     case FLOAT16: tile_of(part, rows, panels, FLOAT16); break;
     case BFLOAT16: tile_of(part, rows, panels, BFLOAT16); break;
+#ifdef TWELVE_BITS
+    case TWELVE: tile_of(part, rows, panels, TWELVE); break;
+#endif
     default: tile_of(part, rows, panels, FLOAT32);
     }
 }
 
+/* A matrix in panels: [features / PANEL][inputs][PANEL]. `scales` are [features / PANEL][inputs /
+   group, made up][PANEL]; NULL without a `group`. What is below `dtype` is of 12 bits, else NULL: the
+   exponents of each panel, [features / PANEL][EXPONENTS], and the weights that have others, those of
+   panel p from `firsts[p]` to `firsts[p + 1]` - 1: their places in it, input * PANEL + feature, and
+   themselves. */
+struct matrix {
+    const char *data;
+    const float *scales;
+    ptrdiff_t group, features, inputs;
+    int dtype;
+    const uint8_t *exponents;
+    const int64_t *firsts;
+    const int32_t *places;
+    const float *others;
+};
+
 /* What `multiply` is given, for a block of rows. */
 struct product {
-    const char *weights;
-    enum dtype dtype;
-    const float *scales, *bias, *residual;
-    ptrdiff_t group, inputs, residual_row, out_row;
+    const struct matrix *matrix;
+    const float *bias, *residual;
+    ptrdiff_t residual_row, out_row;
     int activated;
     ptrdiff_t rows, tiles;
     const float *ordered; /* [inputs][rows] of each tile */
     float *out;
 };
 
+/* What the weights of a panel that do not fit 12 bits add to all rows' sums, which are `wide` apart. */
+static void add_others(const struct product *product, ptrdiff_t panel, float *sums, ptrdiff_t wide) {
+    const struct matrix *matrix = product->matrix;
+    const ptrdiff_t rows = product->rows, tiles = product->tiles;
+    for (int64_t n = matrix->firsts[panel]; n < matrix->firsts[panel + 1]; n++) {
+        const ptrdiff_t input = matrix->places[n] / PANEL, feature = matrix->places[n] % PANEL;
+        const float weight = matrix->others[n];
+        for (ptrdiff_t t = 0; t < tiles; t++) {
+            const ptrdiff_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
+            const float *x = product->ordered + first * matrix->inputs + input * (last - first);
+            for (ptrdiff_t r = first; r < last; r++) sums[r * wide + feature] += weight * x[r - first];
+        }
+    }
+}
+
 /* All rows by `some` panels. `sums` is room for that: the places in `out` may be far apart, and in
    another processor's cache. */
 static void multiply_panels(const struct product *product, ptrdiff_t panel, int some, float *sums) {
-    const ptrdiff_t row_bytes = panel_row(product->dtype), inputs = product->inputs;
+    const struct matrix *matrix = product->matrix;
+    const ptrdiff_t row_bytes = panel_row(matrix->dtype), inputs = matrix->inputs;
     const ptrdiff_t rows = product->rows, tiles = product->tiles, wide = some * PANEL;
-    const ptrdiff_t group = product->group, groups = group ? (inputs + group - 1) / group : 0;
-    const char *weights = product->weights + panel * inputs * row_bytes;
+    const ptrdiff_t group = matrix->group, groups = group ? (inputs + group - 1) / group : 0;
+    const char *weights = matrix->data + panel * inputs * row_bytes;
     const float *bias = product->bias;
     /* The first tile waits for weights that the others then find in the cache. So that memory is
        never idle, each of them asks for its part of the next DEPTH. */
@@ -204,8 +245,9 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
                 const struct part part = {
                     .weights = weights + from * row_bytes,
                     .panel_size = inputs * row_bytes,
-                    .scales = product->scales + scales * PANEL,
+                    .scales = matrix->scales + scales * PANEL,
                     .panel_scales = groups * PANEL,
+                    .exponents = matrix->exponents + panel * EXPONENTS,
                     .rows = product->ordered + first * inputs + from * (last - first),
                     .count = count,
                     .left = inputs - from,
@@ -214,9 +256,12 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
                     .out = sums + first * wide,
                     .features = wide,
                 };
-                any_tile(&part, (int)(last - first), some, product->dtype);
+                any_tile(&part, (int)(last - first), some, matrix->dtype);
             }
         }
+    if (matrix->dtype == TWELVE)
+        for (int p = 0; p < some; p++)
+            add_others(product, panel + p, sums + p * PANEL, wide);
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t f = 0; f < wide; f += LANES) {
             const ptrdiff_t feature = panel * PANEL + f;
@@ -247,15 +292,6 @@ INLINE int take(struct share *share, int most, int fewer, ptrdiff_t *first) {
     }
 }
 
-/* A matrix in panels: [features / PANEL][inputs][PANEL]. `scales` are [features / PANEL][inputs /
-   group, made up][PANEL]; NULL without a `group`. */
-struct matrix {
-    const char *data;
-    const float *scales;
-    ptrdiff_t group, features, inputs;
-    int dtype;
-};
-
 /* `out` [rows, features] = `x` [rows, inputs] times `matrix`, plus `bias` [features] or NULL; if
    `activated`, GELU of that; plus `residual` or NULL. Rows of `residual` and of `out` begin
    `residual_row` and `out_row` floats apart. `packed` is room for the inputs of BLOCK_ROWS rows, or of
@@ -273,13 +309,9 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
         const int together = together_of(block, panels, matrix->dtype, streams);
         const int fewer = (int)least(together, TOGETHER(least(block, MAX_TILE)));
         const struct product product = {
-            .weights = matrix->data,
-            .dtype = matrix->dtype,
-            .scales = matrix->scales,
+            .matrix = matrix,
             .bias = bias,
             .residual = residual ? residual + begun * residual_row : NULL,
-            .group = matrix->group,
-            .inputs = inputs,
             .residual_row = residual_row,
             .out_row = out_row,
             .activated = activated,

@@ -50,6 +50,26 @@ INLINE struct pair from_nibbles(const uint8_t *p, const float *levels) {
     return (struct pair){_mm512_permutexvar_ps(both, all),
                          _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), all)};
 }
+#if defined(__AVX512BW__)
+#define TWELVE_BITS 1
+/* 2 * LANES bfloat16 in 12 bits each: signs and fractions, a byte for each, then codes of exponents, two
+   in a byte. The k-th of them and the one LANES behind it share a byte of codes; what is at 2j becomes
+   `left` j, what is at 2j + 1 `right` j: words of 16 bits are the halves of floats that are 0 else. */
+INLINE struct pair from_twelve(const uint8_t *p, const uint8_t *exponents) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)exponents));
+    const __m512i all = _mm512_slli_epi16(_mm512_cvtepu8_epi16(table), 7);
+    const __m512i fractions = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p + 32)));
+    const __m512i places = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    /* an index counts in its lowest five bits only, and the table is there twice */
+    const __m512i codes = _mm512_srlv_epi16(_mm512_cvtepu8_epi16(bytes), places);
+    const __m512i words = _mm512_ternarylogic_epi32(fractions, _mm512_set1_epi16((short)0x807f),
+                                                    _mm512_permutexvar_epi16(codes, all), 0xea);
+    return (struct pair){
+        _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+        _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)))};
+}
+#endif
 INLINE vec power_of_two(vec whole) {
     __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127));
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
@@ -100,6 +120,21 @@ INLINE struct pair from_nibbles(const uint8_t *p, const float *levels) {
     const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
     return (struct pair){level(both, levels), level(_mm256_srli_epi32(both, 4), levels)};
 }
+#define TWELVE_BITS 1
+/* As with AVX-512. */
+INLINE struct pair from_twelve(const uint8_t *p, const uint8_t *exponents) {
+    const __m128i all = _mm_loadu_si128((const __m128i *)exponents), low = _mm_set1_epi8(15);
+    const __m128i bytes = _mm_loadl_epi64((const __m128i *)(p + 16));
+    const __m128i codes = _mm_unpacklo_epi64(_mm_and_si128(bytes, low),
+                                             _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
+    const __m256i high = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(all, codes));
+    const __m256i fractions = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+    const __m256i words = _mm256_or_si256(
+        _mm256_and_si256(fractions, _mm256_set1_epi16((short)0x807f)), _mm256_slli_epi16(high, 7));
+    return (struct pair){
+        _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)),
+        _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)))};
+}
 INLINE vec power_of_two(vec whole) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
@@ -108,7 +143,7 @@ INLINE vec power_of_two(vec whole) {
 #error "neither AVX-512 nor AVX2 with FMA and F16C"
 #endif
 
-enum dtype { FLOAT32, FLOAT16, BFLOAT16, INT8, NF4 }; /* the last two of weights only */
+enum dtype { FLOAT32, FLOAT16, BFLOAT16, INT8, NF4, TWELVE }; /* the last three of weights only */
 
 INLINE size_t width(enum dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 

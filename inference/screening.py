@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from .device import free_memory
-from .kernels import NativeFloat, NativeHalf
+from .kernels import NativeFloat, NativeHalf, NativeTwelve
 from .linear import Linear
-from .native import Native, PackedMatrix, mapped_zeros, native
+from .native import Native, native
+from .packed import PackedMatrix, mapped_zeros, some_panels
+from .twelve_bits import unpacked
 
 _LEAST_WEIGHTS = 1 << 20
 """Below, what is saved is not worth the bookkeeping."""
@@ -38,12 +40,12 @@ class ScreenedLinear(nn.Module):
     """Computes what ``whole`` computes; within ``largest_only``, of a few rows, less than that."""
 
     def __init__(self, whole: Linear, library: Native) -> None:
-        """``whole`` is of our own kernels in 16 or 32 bits, without a bias, of full panels but the last."""
+        """``whole`` is of our own kernels in 12 to 32 bits, without a bias, of full panels but the last."""
         super().__init__()
         self._whole = whole
         self._library = library
         self._parts = _packed(whole)
-        self._panel = self._parts[0].data.shape[2]
+        self._panel = self._parts[0].panel
         self._features = sum(part.features for part in self._parts)
         self._rounded, self._errors = _round(self._parts)
         self._largest_only = False
@@ -76,20 +78,10 @@ class ScreenedLinear(nn.Module):
         chosen = (above.amax(dim=(0, 2)) >= 0).nonzero().flatten().tolist()
         if not 0 < len(chosen) <= max(1, _MOST_CHOSEN * len(self._rounded.data)):
             return None
-        exact = self._library.multiply(rows, self._exact(chosen), None)
+        exact = self._library.multiply(rows, some_panels(self._parts, chosen), None)
         for number, own in zip(chosen, exact.split(self._panel, dim=1), strict=True):
             outputs[:, number * self._panel : (number + 1) * self._panel] = own
         return outputs[:, : self._features]
-
-    def _exact(self, chosen: Sequence[int]) -> PackedMatrix:
-        """A copy of the panels ``chosen`` (ascending), whose weights are not rounded."""
-        data, first = [], 0
-        for part in self._parts:
-            end = first + len(part.data)
-            data += [part.data[number - first] for number in chosen if first <= number < end]
-            first = end
-        features = len(data) * self._panel
-        return PackedMatrix(features, self._rounded.inputs, features, torch.stack(data))
 
 
 def screened(head: Linear) -> Linear | ScreenedLinear:
@@ -104,11 +96,14 @@ def screened(head: Linear) -> Linear | ScreenedLinear:
 
 
 def _packed(head: Linear) -> list[PackedMatrix]:
-    """Its matrix, piece by piece; nothing if it is held in another way, or not without a bias."""
-    kernels = [each for each in head.kernels if isinstance(each, NativeHalf | NativeFloat)]
+    """Its matrix, piece by piece; nothing if it is held in another way, or in several, or has a bias."""
+    exact = NativeFloat | NativeHalf | NativeTwelve
+    kernels = [each for each in head.kernels if isinstance(each, exact)]
     if len(kernels) < len(head.kernels) or any(kernel.biased for kernel in kernels):
         return []
-    return [kernel.packed for kernel in kernels]
+    packed = [kernel.packed for kernel in kernels]
+    alike = len({(part.data.dtype, part.exponents is None) for part in packed}) == 1
+    return packed if alike else []
 
 
 def _round(parts: Sequence[PackedMatrix]) -> tuple[PackedMatrix, torch.Tensor]:
@@ -116,23 +111,24 @@ def _round(parts: Sequence[PackedMatrix]) -> tuple[PackedMatrix, torch.Tensor]:
 
     Both are of whole panels; outputs that only make up the last one are -inf off, and never chosen.
     """
-    inputs, panel = parts[0].inputs, parts[0].data.shape[2]
+    inputs, panel = parts[0].inputs, parts[0].panel
     panels = sum(len(part.data) for part in parts)
     integers = mapped_zeros((panels, inputs, panel), torch.int8)
     scales = torch.empty((panels, 1, panel))
     errors = torch.empty((panels, panel))
     first = 0
     for part in parts:
-        for piece in part.data.split(max(1, _ROUNDED_AT_ONCE // (inputs * panel))):
-            own = slice(first, first + len(piece))
-            weights = piece.float()
+        step = max(1, _ROUNDED_AT_ONCE // (inputs * panel))
+        for begin in range(0, len(part.data), step):
+            weights = unpacked(part, begin, min(begin + step, len(part.data)))
+            own = slice(first, first + len(weights))
             scale = (weights.abs().amax(dim=1, keepdim=True) / 127).clamp_(min=2.0**-120)
             rounded = (weights / scale).round_()
             integers[own], scales[own] = rounded, scale
             taken = rounded.mul_(scale).sub_(weights).norm(dim=1)
             summed = 4 * (inputs + 8) * _UNIT * (weights.norm(dim=1) + taken)
             errors[own] = 1.001 * (taken + summed)
-            first += len(piece)
+            first += len(weights)
     features = panels * panel
     off = errors.view(-1)
     off[sum(part.features for part in parts) :] = -torch.inf

@@ -90,7 +90,8 @@ def _gpu_trouble() -> str | None:
 
 def kernels() -> Finding:
     """Whether our own kernels can be compiled for this processor."""
-    from ...inference.native import NativeError, open_native
+    from ...inference.native import open_native
+    from ...inference.native_library import NativeError
 
     try:
         open_native()

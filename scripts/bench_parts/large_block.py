@@ -26,7 +26,7 @@ def measure(settings: Settings, report: Report) -> None:
     size = settings.large_block
     folder = settings.folder(size, report)
     sixteen_bit = Mode(open_checkpoint(folder).precision().name)
-    whole = block_bytes(open_checkpoint(folder), sixteen_bit)
+    whole = 2 * open_checkpoint(folder).block_parameters()
     with ExitStack() as stack:
         workers: list[Worker] = []
         for mode in (sixteen_bit, INT8, NF4):

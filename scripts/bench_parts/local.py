@@ -81,8 +81,9 @@ def mode_label(size: ModelSize, folder: pathlib.Path, mode: Mode) -> str:
         checkpoint.precision(one.dtype, quantization=one.quantization) for one in (mode, AUTO)
     )
     remarks = []
-    if precision.name == "float32" and bits_a_weight(checkpoint, mode) < 17:
-        remarks.append("held in 16 bit")
+    bits = round(bits_a_weight(checkpoint, mode))
+    if not precision.weights.quantized and bits < 8 * precision.weights.torch_dtype.itemsize:
+        remarks.append(f"held in {bits} bit")
     if precision == automatic:
         remarks.append("auto")
     return f"{size.name} {precision.name}" + (f" ({', '.join(remarks)})" if remarks else "")

@@ -1,8 +1,6 @@
-"""Our kernels against torch, and what happens where they cannot be compiled."""
+"""Our kernels against torch."""
 
 import math
-import stat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,15 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from petals.inference import native as module
-from petals.inference.native import (
-    CachedLanes,
-    Native,
-    NativeError,
-    lane_memory,
-    native,
-    open_native,
-)
+from petals.inference.native import CachedLanes, Native, lane_memory, native, open_native
 from petals.inference.quantizing import NF4_GROUP, NF4_LEVELS, Int8Weights, Nf4Weights
 from torch.nn import functional as F
 
@@ -281,41 +271,3 @@ def test_what_does_not_fit_is_refused(library: Native) -> None:
             library.multiply(torch.ones(1, 16), packed, None, out=room)
     with pytest.raises(TypeError, match="float64"):
         library.pack(torch.ones(32, 16).double())
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "petals-node" / "native"
-
-
-@pytest.mark.usefixtures("library")
-def test_it_is_compiled_once(
-    tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tmp_path / "small.c"  # the whole takes half a minute
-    source.write_text("int answer(void) { return 42; }")
-    monkeypatch.setattr(module, "_SOURCES", [source])
-    made = module._library()
-    assert list(empty_cache.iterdir()) == [made], "nothing is left of the making"
-    assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700, "nobody else can put a library there"
-    before = made.stat().st_mtime_ns
-    assert module._library() == made
-    assert made.stat().st_mtime_ns == before
-    monkeypatch.setattr(module, "_processor", lambda: b"another one")
-    assert module._library() != made
-
-
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_there_is_none(
-    compiler: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CC", compiler)
-    with pytest.raises(NativeError, match=compiler):
-        module._library()
-    native.cache_clear()
-    try:
-        assert native() is None
-    finally:
-        native.cache_clear()
-    assert not list(empty_cache.glob("*"))

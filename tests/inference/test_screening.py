@@ -7,13 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from petals.inference import screening
-from petals.inference.kernels import NativeFloat, NativeHalf
+from petals.inference import screening, twelve_bits
+from petals.inference.kernels import NativeFloat, NativeHalf, NativeTwelve
 from petals.inference.linear import Linear
 from petals.inference.native import Native, native
 from petals.inference.screening import ScreenedLinear, screened
 
 FEATURES = 32 * 64
+KERNELS = {
+    torch.float32: NativeFloat,
+    torch.float16: NativeHalf,
+    torch.bfloat16: NativeTwelve,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +37,9 @@ def head_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     """In pieces, as large heads are."""
     pieces = weight.split(FEATURES // 4)
     biases = [None] * len(pieces) if bias is None else bias.split(FEATURES // 4)
-    kernel = NativeFloat if weight.dtype == torch.float32 else NativeHalf
-    return Linear([kernel(*piece) for piece in zip(pieces, biases, strict=True)])
+    kernel = KERNELS[weight.dtype]
+    with patch.object(twelve_bits, "_MOST_OTHERS", 1.0):
+        return Linear([kernel(*piece) for piece in zip(pieces, biases, strict=True)])
 
 
 def largest_of(head: ScreenedLinear, rows: torch.Tensor) -> torch.Tensor:
@@ -123,5 +129,14 @@ def test_only_heads_that_gain_by_it_are_screened(library: Native) -> None:
         with patch.object(screening, "free_memory", lambda _: FEATURES * 64 * 2):
             whole = head_of(weight)
             assert screened(whole) is whole, "there is no memory for it"
+        whole = Linear(
+            [
+                NativeHalf(part.to(dtype), None)
+                for part, dtype in zip(
+                    weight.split(FEATURES // 2), (torch.float16, torch.bfloat16), strict=True
+                )
+            ]
+        )
+        assert screened(whole) is whole, "its pieces are held in different ways"
     small = head_of(weight)
     assert screened(small) is small

@@ -1,0 +1,166 @@
+"""Matrices as our own product reads them: in panels of neighbouring output features.
+
+``native_product.c`` says what lies where.
+"""
+
+import contextlib
+import ctypes
+import functools
+import math
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+NATIVE_DTYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.int8: 3,
+    torch.uint8: 4,
+}
+"""``enum dtype``; NF4 are unsigned bytes here."""
+_TWELVE_BITS = 5
+"""``TWELVE``."""
+_LARGE = 1 << 22
+"""Bytes of a matrix that no cache holds for long: only there does it matter how memory is read."""
+
+_void, _size, _int = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
+
+
+class _Matrix(ctypes.Structure):
+    """``struct matrix``."""
+
+    _fields_ = (
+        ("data", _void),
+        ("scales", _void),
+        ("group", _size),
+        ("features", _size),
+        ("inputs", _size),
+        ("dtype", _int),
+        ("exponents", _void),
+        ("firsts", _void),
+        ("places", _void),
+        ("others", _void),
+    )
+
+
+@dataclass(frozen=True)
+class Exponents:
+    """What a matrix of 12 bits (``twelve_bits.py``) has besides its data."""
+
+    frequent: torch.Tensor
+    """``[panels, 16]``, uint8: what codes stand for."""
+    firsts: torch.Tensor
+    """``[panels + 1]``, int64: where the others of each panel begin, and where the last ones end."""
+    places: torch.Tensor
+    """``[others]``, int32: in its panel, ascending."""
+    others: torch.Tensor
+    """``[others]``, float32: the weights that have other exponents."""
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix ``[out, in]``, packed for ``Native.multiply``."""
+
+    features: int
+    inputs: int
+    padded: int
+    """Output features, made up to whole panels; those beyond ``features`` give no sense."""
+    data: torch.Tensor
+    """``[panels, inputs, …]``."""
+    scales: torch.Tensor | None = None
+    """``[panels, groups, panel]``, float32."""
+    group: int = 0
+    """Inputs that share a scale; 0 without scales."""
+    exponents: Exponents | None = None
+    """Of 12 bits."""
+
+    @property
+    def panel(self) -> int:
+        """Output features of a panel."""
+        return self.padded // len(self.data)
+
+    @functools.cached_property
+    def large(self) -> bool:
+        """Whether it matters how it is read."""
+        return self.scales is None and self.data.nbytes >= _LARGE
+
+    @functools.cached_property
+    def described(self) -> object:
+        """Where it is and what: a ``struct matrix``, made once."""
+        own = self.exponents
+        parts = (own.frequent, own.firsts, own.places, own.others) if own else ()
+        return ctypes.byref(
+            _Matrix(
+                self.data.data_ptr(),
+                None if self.scales is None else self.scales.data_ptr(),
+                self.group,
+                self.padded,
+                self.inputs,
+                NATIVE_DTYPES[self.data.dtype] if own is None else _TWELVE_BITS,
+                *[part.data_ptr() for part in parts],
+            )
+        )
+
+
+def in_panels(
+    weight: torch.Tensor, panel: int, scales: torch.Tensor | None = None, *, group: int = 0
+) -> PackedMatrix:
+    """``weight`` ``[out, in]``, and the ``scales`` ``[out, groups]`` of ``group`` inputs.
+
+    Of uint8, which are NF4, two are put into a byte.
+    """
+    features, inputs = weight.shape
+    panels = -(-features // panel)
+    nibbles = weight.dtype == torch.uint8
+    data = mapped_zeros((panels, inputs, panel // 2 if nibbles else panel), weight.dtype)
+    for number, some in enumerate(weight.split(panel)):
+        columns = some.t()
+        if nibbles:
+            columns = F.pad(columns, (0, panel - len(some)))
+            columns = columns[:, : panel // 2] | columns[:, panel // 2 :] << 4
+        data[number, :, : columns.shape[1]] = columns
+    if scales is not None:
+        padded = F.pad(scales, (0, 0, 0, panels * panel - features))
+        scales = padded.view(panels, panel, -1).transpose(1, 2).contiguous()
+    return PackedMatrix(features, inputs, panels * panel, data, scales, group)
+
+
+def some_panels(parts: Sequence[PackedMatrix], numbers: Sequence[int]) -> PackedMatrix:
+    """A copy of the panels ``numbers`` (ascending) of consecutive ``parts`` without scales, of one kind."""
+    data, frequent, places, others, counts = [], [], [], [], [0]
+    first = 0
+    for part in parts:
+        end, own = first + len(part.data), part.exponents
+        for at in [number - first for number in numbers if first <= number < end]:
+            data.append(part.data[at])
+            if own is not None:
+                begin, stop = own.firsts[at : at + 2].tolist()
+                frequent.append(own.frequent[at])
+                places.append(own.places[begin:stop])
+                others.append(own.others[begin:stop])
+                counts.append(stop - begin)
+        first = end
+    exponents = None
+    if frequent:
+        firsts = torch.tensor(counts).cumsum(0)
+        exponents = Exponents(torch.stack(frequent), firsts, torch.cat(places), torch.cat(others))
+    features, inputs = len(data) * parts[0].panel, parts[0].inputs
+    return PackedMatrix(features, inputs, features, torch.stack(data), exponents=exponents)
+
+
+def mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in memory of their own, in huge pages where there are any.
+
+    In malloc's heap, what stays would lie between the pieces that come and go while it is packed,
+    and they would never go back to the system: a large block would take twice its size.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
