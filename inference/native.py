@@ -112,6 +112,12 @@ class Native:
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int, _int]
         self._attention.restype = None
+        self._pack_wire = library.pack_wire
+        self._pack_wire.argtypes = [_void, _int, _size, _size, _void]
+        self._pack_wire.restype = None
+        self._unpack_wire = library.unpack_wire
+        self._unpack_wire.argtypes = [_void, _size, _size, _void]
+        self._unpack_wire.restype = None
 
     def pack(self, weight: torch.Tensor) -> PackedMatrix:
         """``[out, in]`` of 32 or 16 bits, in the order that ``multiply`` reads it in."""
@@ -325,6 +331,18 @@ class Native:
             NATIVE_DTYPES[lanes.dtype],
             self._chosen(streams),
         )
+
+    def pack_wire(self, values: torch.Tensor, packed: torch.Tensor) -> None:
+        """``values`` ``[rows, width]`` of 32 or 16 bits, into ``packed``, as ``wire_int8.py`` has them."""
+        values = values.contiguous()
+        dtype = NATIVE_DTYPES[values.dtype]
+        self._pack_wire(values.data_ptr(), dtype, *values.shape, packed.data_ptr())
+
+    def unpack_wire(self, packed: torch.Tensor, values: torch.Tensor) -> None:
+        """Into the contiguous ``values`` ``[..., width]``."""
+        width = values.shape[-1]
+        rows = values.numel() // width
+        self._unpack_wire(packed.data_ptr(), rows, width, values.data_ptr())
 
 
 def _between_rows(x: torch.Tensor) -> int:

@@ -12,7 +12,8 @@ import numpy
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from ..protocol.tensor import BLOCK_VALUES, SCALE_BYTES, DType, WireTensor, scales_of
+from ..protocol.tensor import DType, WireTensor
+from . import wire_int8
 
 _PLAIN = {
     DType.FLOAT32: torch.float32,
@@ -60,7 +61,7 @@ def to_torch(
     # and DLPack, which knows read-only buffers.
     raw = from_dlpack(numpy.frombuffer(wire.data, dtype=numpy.uint8))
     if wire.dtype is DType.INT8:
-        tensor = _unpack(raw, wire.shape)
+        tensor = wire_int8.unpack(raw, wire.shape)
     else:
         tensor = raw.view(_PLAIN[wire.dtype]).view(wire.shape)
     return tensor.to(device=device, dtype=dtype or tensor.dtype)
@@ -74,7 +75,7 @@ def to_wire(tensor: torch.Tensor, dtype: DType | None = None) -> WireTensor:
     """
     target = wire_dtype(tensor.dtype) if dtype is None else dtype
     if target is DType.INT8:
-        own = _pack(tensor.detach())
+        own = wire_int8.pack(tensor.detach())
     else:
         own = tensor.detach().to(device="cpu", dtype=_PLAIN[target]).contiguous()
     data = own.view(-1).view(torch.uint8).numpy().data
@@ -93,39 +94,3 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if math.isfinite(tensor.sum(dtype=torch.float32).item()):
         return True
     return bool(torch.isfinite(tensor).all())
-
-
-def _pack(tensor: torch.Tensor) -> torch.Tensor:
-    """Float values [..., width] as uint8 [rows, bytes of a row] on the CPU: scales, then int8.
-
-    Blockwise absmax quantisation as in Petals (the module docstring of ``protocol/tensor.py``).
-    """
-    width = tensor.shape[-1]
-    count = scales_of(width)
-    values = tensor.reshape(-1, width).float()
-    if width % BLOCK_VALUES:
-        values = torch.nn.functional.pad(values, (0, count * BLOCK_VALUES - width))
-    blocks = values.view(len(values), count, BLOCK_VALUES)
-    # A magnitude of inf must not become a quotient that is finite: inf / 127 is inf, as NaN is NaN.
-    scales = blocks.abs().amax(dim=2) / 127
-    steps = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]
-    quantised = steps.round_().clamp_(-127, 127).to(torch.int8).view(len(values), -1)[:, :width]
-    packed = torch.empty(
-        (len(values), SCALE_BYTES * count + width), dtype=torch.uint8, device=values.device
-    )
-    packed[:, : SCALE_BYTES * count] = scales.view(torch.uint8)
-    packed[:, SCALE_BYTES * count :] = quantised.view(torch.uint8)
-    return packed.cpu()
-
-
-def _unpack(raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """What ``_pack`` made, as float32 of ``shape``."""
-    width = shape[-1]
-    count = scales_of(width)
-    packed = raw.view(-1, SCALE_BYTES * count + width)
-    scales = packed[:, : SCALE_BYTES * count].reshape(-1).view(torch.float32).view(-1, count)
-    values = packed[:, SCALE_BYTES * count :].view(torch.int8)
-    if width % BLOCK_VALUES:
-        values = torch.nn.functional.pad(values, (0, count * BLOCK_VALUES - width))
-    blocks = values.reshape(len(packed), count, BLOCK_VALUES) * scales[:, :, None]
-    return blocks.view(len(packed), -1)[:, :width].reshape(shape)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from petals.inference import wire_int8
 from petals.inference.tensors import to_torch, to_wire, torch_dtype, wire_dtype
 from petals.protocol.tensor import DType, WireTensor
 
@@ -76,6 +77,30 @@ def test_int8_is_near(shape: tuple[int, ...], offset: int, seed: int) -> None:
     assert (received.shape, received.dtype) == (tensor.shape, torch_dtype(DType.INT8))
     # Half a step of the largest magnitude of any block, and the rounding of the scale itself.
     assert (received - tensor).abs().max() <= tensor.abs().max() / 127 * 0.5 * (1 + 1e-5)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 300)),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+    bad=st.sampled_from([None, math.inf, -math.inf, math.nan]),
+)
+def test_int8_is_the_same_with_our_kernels_and_without(
+    shape: tuple[int, int], dtype: torch.dtype, seed: int, bad: float | None
+) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    tensor = (tensor * torch.exp(3 * tensor.roll(1))).to(dtype)
+    if bad is not None:
+        tensor.view(-1)[seed % tensor.numel()] = bad
+    packed = wire_int8.pack(tensor)
+    by_torch = wire_int8.pack_by_torch(tensor)
+    values = wire_int8.unpack(packed, shape)
+    expected = wire_int8.unpack_by_torch(by_torch, shape)
+    assert torch.equal(values.isfinite(), expected.isfinite())
+    assert torch.equal(values.nan_to_num(0, 0, 0), expected.nan_to_num(0, 0, 0))
+    assert torch.equal(wire_int8.unpack_by_torch(packed, shape).isfinite(), values.isfinite())
+    if expected.isfinite().all():
+        assert torch.equal(packed, by_torch)
 
 
 def test_the_error_of_int8_on_normal_rows() -> None:
