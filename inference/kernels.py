@@ -30,7 +30,7 @@ from ..protocol.errors import ConfigError
 from .measured import circumstances, read, write
 from .native import Native, native
 from .packed import PackedMatrix
-from .quantizing import Int8Weights, Nf4Weights
+from .quantizing import Int8Weights
 
 _ROWS = (1, 16)
 """A kernel is judged by one decoding session and by many."""
@@ -178,7 +178,7 @@ class NativeInt8(NativeKernel):
 
     @staticmethod
     def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
-        return library.pack_int8(Int8Weights.nearest(weight))
+        return library.pack_int8(library.nearest_int8(weight))
 
 
 class NativeNf4(NativeKernel):
@@ -186,7 +186,7 @@ class NativeNf4(NativeKernel):
 
     @staticmethod
     def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
-        return library.pack_nf4(Nf4Weights.nearest(weight))
+        return library.pack_nf4(library.nearest_nf4(weight))
 
 
 class FbgemmHalf:

@@ -45,6 +45,7 @@ def _source() -> str:
         "native.py",
         "native_attention.c",
         "native_product.c",
+        "native_rounding.c",
         "native_twelve.c",
         "native_vectors.h",
         "packed.py",

@@ -17,7 +17,7 @@ import torch
 
 from .native_library import NativeError, open_library
 from .packed import NATIVE_DTYPES, PackedMatrix, in_panels
-from .quantizing import Int8Weights, Nf4Weights
+from .quantizing import NF4_GROUP, Int8Weights, Nf4Weights, nf4_between
 from .twelve_bits import TwelveBits
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,12 @@ class Native:
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int, _int]
         self._attention.restype = None
+        self._round_int8 = library.round_int8
+        self._round_int8.argtypes = [_void, _int, _size, _size, _void, _void]
+        self._round_int8.restype = None
+        self._round_nf4 = library.round_nf4
+        self._round_nf4.argtypes = [_void, _int, _size, _size, _void, _void, _void]
+        self._round_nf4.restype = None
         self._pack_wire = library.pack_wire
         self._pack_wire.argtypes = [_void, _int, _size, _size, _void]
         self._pack_wire.restype = None
@@ -130,6 +136,35 @@ class Native:
         if weight.dtype != torch.bfloat16 or not self.twelve_bits.available:
             return None
         return self.twelve_bits.pack(weight)
+
+    def nearest_int8(self, weight: torch.Tensor) -> Int8Weights:
+        """``Int8Weights.nearest`` of 32 or 16 bits, in a tenth of the time."""
+        weight = weight.contiguous()
+        integers = torch.empty(weight.shape, dtype=torch.int8)
+        scales = torch.empty(len(weight))
+        self._round_int8(
+            weight.data_ptr(),
+            NATIVE_DTYPES[weight.dtype],
+            *weight.shape,
+            integers.data_ptr(),
+            scales.data_ptr(),
+        )
+        return Int8Weights(integers, scales)
+
+    def nearest_nf4(self, weight: torch.Tensor) -> Nf4Weights:
+        """``Nf4Weights.nearest``, likewise."""
+        weight, between = weight.contiguous(), nf4_between()
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        scales = torch.empty((len(weight), -(-weight.shape[1] // NF4_GROUP)))
+        self._round_nf4(
+            weight.data_ptr(),
+            NATIVE_DTYPES[weight.dtype],
+            *weight.shape,
+            between.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+        )
+        return Nf4Weights(codes, scales)
 
     def pack_int8(self, weights: Int8Weights) -> PackedMatrix:
         """The same of 8-bit integers."""

@@ -4,7 +4,6 @@
    most frequent in its panel it is. Code 0 is exponent 0; a weight of none of these is 0 in its place. */
 
 #include <omp.h>
-#include <string.h>
 
 #include "native_vectors.h"
 

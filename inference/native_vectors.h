@@ -1,7 +1,7 @@
 /* Vectors of float32 on x86 processors with AVX2 or AVX-512, and what fills them.
 
-   For native_product.c and native_attention.c, which native.py compiles for the processor at hand and
-   calls through C's own types: nothing there knows Python or torch. Rules of the three files: they
+   For the other native_*.c, which native_library.py compiles for the processor at hand and native.py
+   calls through C's own types: nothing there knows Python or torch. Rules of these files: they
    allocate nothing but small buffers on the stack, keep nothing between calls, and trust their
    caller: native.py has checked shapes, dtypes and contiguity. Threads are OpenMP's, of the library
    that torch has loaded already. A result does not depend on what else is in the batch, nor on the
@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #define LINE 64 /* bytes of a cache line */
 #define INLINE static inline __attribute__((always_inline))
@@ -153,6 +154,19 @@ INLINE vec load(const void *p, enum dtype dtype) {
     case BFLOAT16: return from_brain(p);
     default: return LOAD(p);
     }
+}
+
+#define BLOCK 64 /* values that are rounded together */
+
+/* `count` values at `from`, BLOCK at most, as floats; behind them 0. */
+INLINE void widen(const char *from, const enum dtype dtype, ptrdiff_t count, float *to) {
+    char padded[BLOCK * sizeof(float)];
+    if (count < BLOCK) {
+        memset(padded, 0, sizeof padded);
+        from = memcpy(padded, from, count * width(dtype));
+    }
+    UNROLL for (int i = 0; i < BLOCK; i += LANES)
+        STORE(to + i, load(from + i * width(dtype), dtype));
 }
 
 INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }

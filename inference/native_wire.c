@@ -3,11 +3,9 @@
    A row is the scales of its blocks, then its values; the last block may be of fewer than 64. */
 
 #include <omp.h>
-#include <string.h>
 
 #include "native_vectors.h"
 
-#define BLOCK 64
 #define ALONE (1 << 16) /* values: of fewer, other threads take longer to come than one to do it */
 
 /* From values as integers, -127 to 127, to a byte each. */
@@ -26,19 +24,19 @@ INLINE void store_bytes(int8_t *to, vec whole) {
 INLINE vec magnitude(vec x) { return _mm256_andnot_ps(SET(-0.0f), x); }
 #endif
 
-/* The scale of 64 values at `from`, and their integers. It is NaN where one of them is not finite. */
-INLINE float pack_block(const char *from, const enum dtype dtype, int8_t *to) {
+/* The scale of a block, and its integers. It is NaN where one of the values is not finite. */
+INLINE float pack_block(const float *from, int8_t *to) {
     vec largest = SET(0.0f), unseen = SET(0.0f);
     UNROLL for (int i = 0; i < BLOCK; i += LANES) {
-        const vec x = load(from + i * width(dtype), dtype);
+        const vec x = LOAD(from + i);
         largest = MAX(largest, magnitude(x));
         unseen = FMA(x, SET(0.0f), unseen);
     }
     const float scale = LARGEST(largest) / 127.0f + SUM(unseen);
     const vec step = MAX(SET(1.17549435e-38f), SET(scale)); /* the second, if it is NaN */
     UNROLL for (int i = 0; i < BLOCK; i += LANES) {
-        const vec x = load(from + i * width(dtype), dtype);
-        store_bytes(to + i, MAX(SET(-127.0f), MIN(SET(127.0f), DIV(x, step))));
+        const vec steps = DIV(LOAD(from + i), step);
+        store_bytes(to + i, MAX(SET(-127.0f), MIN(SET(127.0f), steps)));
     }
     return scale;
 }
@@ -48,17 +46,11 @@ INLINE void pack_row(const char *from, const enum dtype dtype, ptrdiff_t values,
     int8_t *integers = (int8_t *)to + blocks * sizeof(float);
     for (ptrdiff_t block = 0; block < blocks; block++) {
         const ptrdiff_t first = block * BLOCK, some = least(BLOCK, values - first);
-        const char *own = from + first * width(dtype);
-        float scale;
-        if (some == BLOCK) {
-            scale = pack_block(own, dtype, integers + first);
-        } else {
-            char padded[BLOCK * sizeof(float)] = {0};
-            int8_t packed[BLOCK];
-            memcpy(padded, own, some * width(dtype));
-            scale = pack_block(padded, dtype, packed);
-            memcpy(integers + first, packed, some);
-        }
+        float block_values[BLOCK];
+        int8_t packed[BLOCK];
+        widen(from + first * width(dtype), dtype, some, block_values);
+        const float scale = pack_block(block_values, packed);
+        memcpy(integers + first, packed, some);
         memcpy(to + block * sizeof scale, &scale, sizeof scale);
     }
 }

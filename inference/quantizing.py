@@ -18,6 +18,12 @@ NF4_LEVELS = (
 _TINY = torch.finfo(torch.float32).tiny
 
 
+def nf4_between() -> torch.Tensor:
+    """``[15]``, float32: what is above such a number is nearer to the next level."""
+    levels = torch.tensor(NF4_LEVELS)
+    return (levels[1:] + levels[:-1]) / 2
+
+
 @dataclass(frozen=True)
 class Int8Weights:
     """``integers * scales[:, None]``."""
@@ -53,8 +59,6 @@ class Nf4Weights:
         groups = torch.nn.functional.pad(weight.float(), (0, missing))
         groups = groups.view(out_features, -1, NF4_GROUP)
         scales = groups.abs().amax(dim=2).clamp_(min=_TINY)
-        levels = torch.tensor(NF4_LEVELS)
-        between = (levels[1:] + levels[:-1]) / 2
-        codes = torch.bucketize(groups / scales[:, :, None], between, out_int32=True)
+        codes = torch.bucketize(groups / scales[:, :, None], nf4_between(), out_int32=True)
         codes = codes.to(torch.uint8).view(out_features, -1)[:, :in_features]
         return cls(codes, scales)

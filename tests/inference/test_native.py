@@ -143,6 +143,25 @@ def test_rows_times_a_matrix_of_few_bits(
 
 
 @given(
+    features=st.integers(1, 40),
+    inputs=st.sampled_from([1, 63, 64, 65, 1000]),
+    dtype=st.sampled_from((torch.float32, *HALVES)),
+    spread=st.sampled_from([0.0, 3.0]),
+)
+def test_rounding_to_few_bits_is_that_of_torch(
+    library: Native, features: int, inputs: int, dtype: torch.dtype, spread: float
+) -> None:
+    weight = normal(features, inputs) * torch.exp(spread * normal(features, inputs, seed=1))
+    weight[0] = 0.0
+    weight = weight.clamp(-60_000, 60_000).to(dtype)
+    eight, four = library.nearest_int8(weight), library.nearest_nf4(weight)
+    assert torch.equal(eight.integers, Int8Weights.nearest(weight).integers)
+    assert torch.equal(eight.scales, Int8Weights.nearest(weight).scales)
+    assert torch.equal(four.codes, Nf4Weights.nearest(weight).codes)
+    assert torch.equal(four.scales, Nf4Weights.nearest(weight).scales)
+
+
+@given(
     lengths=st.lists(st.integers(0, 2100), min_size=1, max_size=4),
     shape=st.sampled_from([(4, 4, 64), (6, 2, 80), (3, 3, 5), (2, 1, 128), (2, 2, 104)]),
     room=st.integers(0, 40),
