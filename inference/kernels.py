@@ -28,8 +28,9 @@ from torch.nn import functional as F
 
 from ..protocol.errors import ConfigError
 from .measured import circumstances, read, write
-from .native import Native, native
+from .native import native
 from .packed import PackedMatrix
+from .packing import Packer
 from .quantizing import Int8Weights
 
 _ROWS = (1, 16)
@@ -112,7 +113,7 @@ class NativeKernel:
         if library is None:
             raise RuntimeError("our kernels cannot be had here")
         self._multiply = library.multiply
-        self.packed = self._pack(library, weight)
+        self.packed = self._pack(library.packer, weight)
         self._bias = None
         if bias is not None:
             self._bias = torch.zeros(self.packed.padded)
@@ -124,7 +125,7 @@ class NativeKernel:
         return self._bias is not None
 
     @staticmethod
-    def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
+    def _pack(packer: Packer, weight: torch.Tensor) -> PackedMatrix:
         raise NotImplementedError
 
     def __call__(
@@ -143,8 +144,8 @@ class NativeFloat(NativeKernel):
     """Of weights of 32 bits: for one row a fifth to a third faster than oneDNN, for hundreds slower."""
 
     @staticmethod
-    def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
-        return library.pack(weight)
+    def _pack(packer: Packer, weight: torch.Tensor) -> PackedMatrix:
+        return packer.pack(weight)
 
 
 class NativeHalf(NativeKernel):
@@ -154,8 +155,8 @@ class NativeHalf(NativeKernel):
     """
 
     @staticmethod
-    def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
-        return library.pack(weight)
+    def _pack(packer: Packer, weight: torch.Tensor) -> PackedMatrix:
+        return packer.pack(weight)
 
 
 class NativeTwelve(NativeKernel):
@@ -166,8 +167,8 @@ class NativeTwelve(NativeKernel):
     """
 
     @staticmethod
-    def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
-        packed = library.pack_twelve(weight)
+    def _pack(packer: Packer, weight: torch.Tensor) -> PackedMatrix:
+        packed = packer.pack_twelve(weight)
         if packed is None:
             raise ValueError(f"{tuple(weight.shape)} of {weight.dtype} would lose something")
         return packed
@@ -177,16 +178,16 @@ class NativeInt8(NativeKernel):
     """Of 8-bit weights, a scale per output feature."""
 
     @staticmethod
-    def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
-        return library.pack_int8(library.nearest_int8(weight))
+    def _pack(packer: Packer, weight: torch.Tensor) -> PackedMatrix:
+        return packer.pack_int8(packer.nearest_int8(weight))
 
 
 class NativeNf4(NativeKernel):
     """Of NF4, a scale per 64 weights."""
 
     @staticmethod
-    def _pack(library: Native, weight: torch.Tensor) -> PackedMatrix:
-        return library.pack_nf4(library.nearest_nf4(weight))
+    def _pack(packer: Packer, weight: torch.Tensor) -> PackedMatrix:
+        return packer.pack_nf4(packer.nearest_nf4(weight))
 
 
 class FbgemmHalf:
@@ -381,7 +382,7 @@ def widens(weights: WeightFormat, device: torch.device) -> bool:
 def bytes_per_weight(weights: WeightFormat, device: torch.device) -> float:
     """Memory that a weight takes, scales and what a kernel adds included, as measured."""
     library = native() if weights is WeightFormat.BFLOAT16 and device.type == "cpu" else None
-    twelve = library is not None and library.twelve_bits.available
+    twelve = library is not None and library.packer.has_twelve_bits
     if twelve and choose_kernel(weights, device) is NativeHalf:
         return 1.51
     return {"float32": 4.0, "int8": 1.2, "nf4": 0.57}.get(weights.value, 2.0)

@@ -44,11 +44,12 @@ def _source() -> str:
         "linear.py",
         "native.py",
         "native_attention.c",
+        "native_packing.c",
         "native_product.c",
         "native_rounding.c",
-        "native_twelve.c",
         "native_vectors.h",
         "packed.py",
+        "packing.py",
         "throughput.py",
         "twelve_bits.py",
     ):

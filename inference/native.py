@@ -16,9 +16,8 @@ import numpy.typing as npt
 import torch
 
 from .native_library import NativeError, open_library
-from .packed import NATIVE_DTYPES, PackedMatrix, in_panels
-from .quantizing import NF4_GROUP, Int8Weights, Nf4Weights, nf4_between
-from .twelve_bits import TwelveBits
+from .packed import NATIVE_DTYPES, PackedMatrix
+from .packing import Packer
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +92,8 @@ class Native:
     def __init__(self, library: ctypes.CDLL) -> None:
         for constant in (library.panel_features, library.block_rows, library.most_streams):
             constant.restype = _size
-        self._panel: int = library.panel_features()
+        self.packer = Packer(library, library.panel_features())
         self._block_rows: int = library.block_rows()
-        self.twelve_bits = TwelveBits(library, self._panel)
         most: int = library.most_streams()
         self.streams = tuple(sorted({2, _FEW_STREAMS, most}))
         """What ``multiply`` may be given as such."""
@@ -112,68 +110,12 @@ class Native:
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int, _int]
         self._attention.restype = None
-        self._round_int8 = library.round_int8
-        self._round_int8.argtypes = [_void, _int, _size, _size, _void, _void]
-        self._round_int8.restype = None
-        self._round_nf4 = library.round_nf4
-        self._round_nf4.argtypes = [_void, _int, _size, _size, _void, _void, _void]
-        self._round_nf4.restype = None
         self._pack_wire = library.pack_wire
         self._pack_wire.argtypes = [_void, _int, _size, _size, _void]
         self._pack_wire.restype = None
         self._unpack_wire = library.unpack_wire
         self._unpack_wire.argtypes = [_void, _size, _size, _void]
         self._unpack_wire.restype = None
-
-    def pack(self, weight: torch.Tensor) -> PackedMatrix:
-        """``[out, in]`` of 32 or 16 bits, in the order that ``multiply`` reads it in."""
-        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"weights of {weight.dtype} cannot be packed")
-        return in_panels(weight, self._panel)
-
-    def pack_twelve(self, weight: torch.Tensor) -> PackedMatrix | None:
-        """The same of bfloat16, in 12 bits; None if that is not possible without loss."""
-        if weight.dtype != torch.bfloat16 or not self.twelve_bits.available:
-            return None
-        return self.twelve_bits.pack(weight)
-
-    def nearest_int8(self, weight: torch.Tensor) -> Int8Weights:
-        """``Int8Weights.nearest`` of 32 or 16 bits, in a tenth of the time."""
-        weight = weight.contiguous()
-        integers = torch.empty(weight.shape, dtype=torch.int8)
-        scales = torch.empty(len(weight))
-        self._round_int8(
-            weight.data_ptr(),
-            NATIVE_DTYPES[weight.dtype],
-            *weight.shape,
-            integers.data_ptr(),
-            scales.data_ptr(),
-        )
-        return Int8Weights(integers, scales)
-
-    def nearest_nf4(self, weight: torch.Tensor) -> Nf4Weights:
-        """``Nf4Weights.nearest``, likewise."""
-        weight, between = weight.contiguous(), nf4_between()
-        codes = torch.empty(weight.shape, dtype=torch.uint8)
-        scales = torch.empty((len(weight), -(-weight.shape[1] // NF4_GROUP)))
-        self._round_nf4(
-            weight.data_ptr(),
-            NATIVE_DTYPES[weight.dtype],
-            *weight.shape,
-            between.data_ptr(),
-            codes.data_ptr(),
-            scales.data_ptr(),
-        )
-        return Nf4Weights(codes, scales)
-
-    def pack_int8(self, weights: Int8Weights) -> PackedMatrix:
-        """The same of 8-bit integers."""
-        inputs = weights.integers.shape[1]
-        return in_panels(weights.integers, self._panel, weights.scales[:, None], group=inputs)
-
-    def pack_nf4(self, weights: Nf4Weights) -> PackedMatrix:
-        """The same of 4-bit NF4: two of them in a byte."""
-        return in_panels(weights.codes, self._panel, weights.scales, group=weights.group)
 
     def _tried(self, streams: int, seconds: float) -> None:
         """Take a sample; when there are enough, decide.

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 NATIVE_DTYPES = {
     torch.float32: 0,
@@ -104,29 +103,6 @@ class PackedMatrix:
                 *[part.data_ptr() for part in parts],
             )
         )
-
-
-def in_panels(
-    weight: torch.Tensor, panel: int, scales: torch.Tensor | None = None, *, group: int = 0
-) -> PackedMatrix:
-    """``weight`` ``[out, in]``, and the ``scales`` ``[out, groups]`` of ``group`` inputs.
-
-    Of uint8, which are NF4, two are put into a byte.
-    """
-    features, inputs = weight.shape
-    panels = -(-features // panel)
-    nibbles = weight.dtype == torch.uint8
-    data = mapped_zeros((panels, inputs, panel // 2 if nibbles else panel), weight.dtype)
-    for number, some in enumerate(weight.split(panel)):
-        columns = some.t()
-        if nibbles:
-            columns = F.pad(columns, (0, panel - len(some)))
-            columns = columns[:, : panel // 2] | columns[:, panel // 2 :] << 4
-        data[number, :, : columns.shape[1]] = columns
-    if scales is not None:
-        padded = F.pad(scales, (0, 0, 0, panels * panel - features))
-        scales = padded.view(panels, panel, -1).transpose(1, 2).contiguous()
-    return PackedMatrix(features, inputs, panels * panel, data, scales, group)
 
 
 def some_panels(parts: Sequence[PackedMatrix], numbers: Sequence[int]) -> PackedMatrix:

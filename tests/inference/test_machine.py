@@ -78,7 +78,7 @@ def test_narrow_weights_take_less_memory(tmp_path: Path, stored: str) -> None:
         return stored_in_16_bits.block_bytes(precision, CPU) / stored_in_16_bits.block_parameters()
 
     library = native()
-    brain = 1.51 if library is not None and library.twelve_bits.available else 2
+    brain = 1.51 if library is not None and library.packer.has_twelve_bits else 2
     half = {"float16": 2, "bfloat16": brain}[stored]
     exact = half if widens(WeightFormat(stored), CPU) else 4  # held without loss
     assert bytes_per_weight("float32") == pytest.approx(exact, rel=1e-3)

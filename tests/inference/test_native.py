@@ -38,7 +38,7 @@ def test_rows_times_a_matrix(
     library: Native, features: int, inputs: int, rows: int, dtype: torch.dtype, *, biased: bool
 ) -> None:
     weight = (normal(features, inputs) / math.sqrt(inputs)).to(dtype)
-    packed = library.pack(weight)
+    packed = library.packer.pack(weight)
     bias = normal(packed.padded, seed=1) if biased else None
     x = normal(rows, inputs, seed=2)
     result = library.multiply(x, packed, bias)
@@ -57,7 +57,7 @@ def test_rows_times_a_matrix(
 @pytest.mark.usefixtures("library")
 def test_products_are_the_same_while_it_is_tried_how_memory_is_read_fastest() -> None:
     library = open_native()  # which has tried nothing yet
-    packed = library.pack(normal(4096, 512).half())
+    packed = library.packer.pack(normal(4096, 512).half())
     assert packed.large
     x = normal(1, 512, seed=1)
     expected = library.multiply(x, packed, None, streams=4)
@@ -86,7 +86,7 @@ def test_what_is_done_with_a_product_on_the_way(
     into: bool,
 ) -> None:
     weight = normal(features, 100) / 10
-    packed = library.pack(weight)
+    packed = library.packer.pack(weight)
     bias = normal(packed.padded, seed=1) if biased else None
     x = large * normal(rows, 100, seed=2)
     residual = None
@@ -126,12 +126,12 @@ def test_rows_times_a_matrix_of_few_bits(
     weight[0] = 0.0
     if four_bits:
         few = Nf4Weights.nearest(weight)
-        packed = library.pack_nf4(few)
+        packed = library.packer.pack_nf4(few)
         scales = few.scales.repeat_interleave(NF4_GROUP, dim=1)[:, :inputs]
         stands_for = torch.tensor(NF4_LEVELS)[few.codes.int()] * scales
     else:
         whole = Int8Weights.nearest(weight)
-        packed = library.pack_int8(whole)
+        packed = library.packer.pack_int8(whole)
         stands_for = whole.integers * whole.scales[:, None]
     bias = normal(packed.padded, seed=1)
     x = normal(rows, inputs, seed=2)
@@ -154,7 +154,7 @@ def test_rounding_to_few_bits_is_that_of_torch(
     weight = normal(features, inputs) * torch.exp(spread * normal(features, inputs, seed=1))
     weight[0] = 0.0
     weight = weight.clamp(-60_000, 60_000).to(dtype)
-    eight, four = library.nearest_int8(weight), library.nearest_nf4(weight)
+    eight, four = library.packer.nearest_int8(weight), library.packer.nearest_nf4(weight)
     assert torch.equal(eight.integers, Int8Weights.nearest(weight).integers)
     assert torch.equal(eight.scales, Int8Weights.nearest(weight).scales)
     assert torch.equal(four.codes, Nf4Weights.nearest(weight).codes)
@@ -279,7 +279,7 @@ def test_what_no_query_can_hear_is_not_read(library: Native) -> None:
 
 
 def test_what_does_not_fit_is_refused(library: Native) -> None:
-    packed = library.pack(torch.ones(32, 16).half())
+    packed = library.packer.pack(torch.ones(32, 16).half())
     with pytest.raises(ValueError, match="by a matrix of 16"):
         library.multiply(torch.ones(1, 17), packed, None)
     for residual in (torch.ones(2, 32), torch.ones(1, 31), torch.ones(1, 32).half()):
@@ -289,4 +289,4 @@ def test_what_does_not_fit_is_refused(library: Native) -> None:
         with pytest.raises(ValueError, match="has no room"):
             library.multiply(torch.ones(1, 16), packed, None, out=room)
     with pytest.raises(TypeError, match="float64"):
-        library.pack(torch.ones(32, 16).double())
+        library.packer.pack(torch.ones(32, 16).double())

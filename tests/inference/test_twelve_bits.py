@@ -21,7 +21,7 @@ NUMBERS = (0.0, -0.0, 1e-40, -3e38, 1e30, math.inf, math.nan)
 @pytest.fixture(scope="module")
 def library() -> Native:
     found = native()
-    if found is None or not found.twelve_bits.available:
+    if found is None or not found.packer.has_twelve_bits:
         pytest.skip("our kernels cannot be had on this machine")
     return found
 
@@ -48,7 +48,7 @@ def test_nothing_is_lost(
     weight.view(-1)[places] = torch.tensor(rare)[: len(places)]
     weight = weight.bfloat16()
     with patch.object(twelve_bits, "_MOST_OTHERS", 1.0):
-        packed = library.pack_twelve(weight)
+        packed = library.packer.pack_twelve(weight)
     assert packed is not None
     held = unpacked(packed, 0, len(packed.data)).transpose(1, 2).reshape(-1, inputs)
     assert torch.equal(bits(held[:features]), bits(weight))
@@ -71,11 +71,11 @@ def test_products_are_those_of_16_bits(
     weight.view(-1)[torch.randint(weight.numel(), (rare,))] = 2.0**-30
     weight.view(-1)[torch.randint(weight.numel(), (rare,))] = 64.0
     with patch.object(twelve_bits, "_MOST_OTHERS", 1.0):
-        packed = library.pack_twelve(weight)
+        packed = library.packer.pack_twelve(weight)
     assert packed is not None
     bias, x = normal(packed.padded, seed=1), normal(rows, inputs, seed=2)
     result = library.multiply(x, packed, bias)
-    expected = library.multiply(x, library.pack(weight), bias)
+    expected = library.multiply(x, library.packer.pack(weight), bias)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=2e-4)
     alone = library.multiply(x[-1:], packed, bias)
     assert torch.equal(alone[0], result[-1]), "a row does not depend on those beside it"
@@ -90,7 +90,7 @@ def test_products_are_those_of_16_bits(
 
 def test_what_is_not_finite_stays_visible(library: Native) -> None:
     weight = normal(64, 1000).bfloat16()
-    packed = library.pack_twelve(weight)
+    packed = library.packer.pack_twelve(weight)
     assert packed is not None
     for value in (math.nan, math.inf):
         x = normal(3, 1000, seed=1)
@@ -107,7 +107,7 @@ def test_three_quarters_of_the_memory_unless_that_would_lose_something(library: 
         packed = [held(matrix).packed for matrix in (weight, everywhere, weight.half())]
     assert [each.data.nbytes / weight.nbytes for each in packed] == [0.75, 1.0, 1.0]
     assert [each.data.dtype for each in packed[1:]] == [torch.bfloat16, torch.float16]
-    assert library.pack_twelve(weight.half()) is None
+    assert library.packer.pack_twelve(weight.half()) is None
 
 
 def held(matrix: torch.Tensor) -> NativeKernel:

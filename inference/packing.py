@@ -1,0 +1,107 @@
+"""Into what our own product multiplies by: rounding weights, and laying them in panels."""
+
+import ctypes
+
+import torch
+from torch.nn import functional as F
+
+from .packed import NATIVE_DTYPES, PackedMatrix, mapped_zeros
+from .quantizing import NF4_GROUP, Int8Weights, Nf4Weights, nf4_between
+from .twelve_bits import TwelveBits
+
+_void, _size, _int = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
+
+
+class Packer:
+    """The compiled functions for it. Matrices are ``[out, in]``, on the CPU."""
+
+    def __init__(self, library: ctypes.CDLL, panel: int) -> None:
+        """``panel`` is how many output features a panel has."""
+        self._panel = panel
+        self._twelve_bits = TwelveBits(library, panel)
+        self._lay_panels = library.lay_panels
+        self._lay_panels.argtypes = [_void, _int, _size, _size, _void]
+        self._lay_panels.restype = None
+        self._lay_nibbles = library.lay_nibbles
+        self._lay_nibbles.argtypes = [_void, _size, _size, _void]
+        self._lay_nibbles.restype = None
+        self._round_int8 = library.round_int8
+        self._round_int8.argtypes = [_void, _int, _size, _size, _void, _void]
+        self._round_int8.restype = None
+        self._round_nf4 = library.round_nf4
+        self._round_nf4.argtypes = [_void, _int, _size, _size, _void, _void, _void]
+        self._round_nf4.restype = None
+
+    @property
+    def has_twelve_bits(self) -> bool:
+        """Whether ``pack_twelve`` is possible with this processor."""
+        return self._twelve_bits.available
+
+    def pack(self, weight: torch.Tensor) -> PackedMatrix:
+        """``[out, in]`` of 32 or 16 bits, in the order that ``multiply`` reads it in."""
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"weights of {weight.dtype} cannot be packed")
+        return self._in_panels(weight)
+
+    def pack_twelve(self, weight: torch.Tensor) -> PackedMatrix | None:
+        """The same of bfloat16, in 12 bits; None if that is not possible without loss."""
+        if weight.dtype != torch.bfloat16 or not self._twelve_bits.available:
+            return None
+        return self._twelve_bits.pack(weight)
+
+    def nearest_int8(self, weight: torch.Tensor) -> Int8Weights:
+        """``Int8Weights.nearest`` of 32 or 16 bits, in a tenth of the time."""
+        weight = weight.contiguous()
+        integers = torch.empty(weight.shape, dtype=torch.int8)
+        scales = torch.empty(len(weight))
+        self._round_int8(
+            weight.data_ptr(),
+            NATIVE_DTYPES[weight.dtype],
+            *weight.shape,
+            integers.data_ptr(),
+            scales.data_ptr(),
+        )
+        return Int8Weights(integers, scales)
+
+    def nearest_nf4(self, weight: torch.Tensor) -> Nf4Weights:
+        """``Nf4Weights.nearest``, likewise."""
+        weight, between = weight.contiguous(), nf4_between()
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        scales = torch.empty((len(weight), -(-weight.shape[1] // NF4_GROUP)))
+        self._round_nf4(
+            weight.data_ptr(),
+            NATIVE_DTYPES[weight.dtype],
+            *weight.shape,
+            between.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+        )
+        return Nf4Weights(codes, scales)
+
+    def pack_int8(self, weights: Int8Weights) -> PackedMatrix:
+        """The same of 8-bit integers."""
+        inputs = weights.integers.shape[1]
+        return self._in_panels(weights.integers, weights.scales[:, None], group=inputs)
+
+    def pack_nf4(self, weights: Nf4Weights) -> PackedMatrix:
+        """The same of 4-bit NF4: two of them in a byte."""
+        return self._in_panels(weights.codes, weights.scales, group=weights.group)
+
+    def _in_panels(
+        self, weight: torch.Tensor, scales: torch.Tensor | None = None, *, group: int = 0
+    ) -> PackedMatrix:
+        """``weight``, and the ``scales`` ``[out, groups]`` of ``group`` inputs."""
+        weight = weight.contiguous()
+        (features, inputs), panel = weight.shape, self._panel
+        panels = -(-features // panel)
+        if weight.dtype == torch.uint8:  # of NF4, two go into a byte
+            data = mapped_zeros((panels, inputs, panel // 2), weight.dtype)
+            self._lay_nibbles(weight.data_ptr(), features, inputs, data.data_ptr())
+        else:
+            data = mapped_zeros((panels, inputs, panel), weight.dtype)
+            begin, size = weight.data_ptr(), weight.itemsize
+            self._lay_panels(begin, size, features, inputs, data.data_ptr())
+        if scales is not None:
+            padded = F.pad(scales, (0, 0, 0, panels * panel - features))
+            scales = padded.view(panels, panel, -1).transpose(1, 2).contiguous()
+        return PackedMatrix(features, inputs, panels * panel, data, scales, group)
