@@ -137,6 +137,7 @@ class Engine:
         padding: Sequence[int] = (),
         originator: str = "",
         priority: Priority = Priority.NORMAL,
+        sampled_here: bool = False,
         prefixes: bool = False,
     ) -> None:
         """Open a session of ``batch`` sequences and reserve its cache.
@@ -144,7 +145,8 @@ class Engine:
         Row b's first ``padding[b]`` positions are left padding (``()`` is none). Originators are
         served fairly within a ``priority``. With ``prefixes`` (batch 1, no padding), the session
         may be restored from a prefix, and what its steps' keys name is kept for others; its outputs
-        are then kept, too, while it lives.
+        are then kept, too, while it lives. ``sampled_here``: its outputs go nowhere but to head and
+        sampling on the engine's thread, and its next token comes from there.
 
         Raises CacheFull, or LocalProtocolError for arguments that make no sense, an id in use, or
         after shutdown.
@@ -163,7 +165,7 @@ class Engine:
             reservation = self._pool.reserve(batch * max_tokens)
             self._prefixes.shrink(self._pool.free)
             self._sessions[session_id] = EngineSession(
-                cache, reservation, originator, priority, shared
+                cache, reservation, originator, priority, shared, sampled_here
             )
 
     def restore(
@@ -236,7 +238,7 @@ class Engine:
             session.steps.append(step)
             self._queued += 1
             self._waiting[session] = None
-            self._gathering.came(session, now)
+            self._gathering.came(session, now, self.thread.idle)
         self.thread.wake()
         return step.future
 
@@ -368,7 +370,8 @@ class Engine:
             if step in outcome.results or step in outcome.errors or not step.started:
                 self._queued -= 1
                 if step.rows == 1 and not session.steps and not session.closed:
-                    self._gathering.left(session, step.span, end)
+                    idle = self.thread.idle if session.sampled_here else None
+                    self._gathering.left(session, step.span, end, idle)
             elif session.closed:
                 self._queued -= 1
                 abandoned.append(step)
@@ -399,7 +402,7 @@ class Engine:
             begin = self._clock()
             spans = {step.span for step in heads}
             missed = max(self._pace.singles_seconds(len(span)) for span in spans)
-            pause = self._gathering.wait(spans, missed, begin)
+            pause = self._gathering.wait(spans, missed, begin, self.thread.idle)
             if pause > 0:
                 return pause
             shares = self._take_round(heads, begin)

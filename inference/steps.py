@@ -28,6 +28,8 @@ class EngineSession:
     priority: Priority
     shared: PrefixRows | None
     """Set if its rows may be used by others that begin alike."""
+    sampled_here: bool
+    """Whether its tokens come from torch's thread, too, and go through no other hop."""
     span: Span | None = None
     """Set by the first step; a session's blocks never change."""
     steps: "deque[Step]" = field(default_factory=deque)

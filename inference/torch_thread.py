@@ -12,6 +12,7 @@ running for longer than they take. Importing this file imports no torch.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future
@@ -79,6 +80,8 @@ class TorchThread:
         self._turns: tuple[Turn, ...] = ()
         self._awake = False
         self._stopping = False
+        self._idle = 0.0
+        self._idle_since: float | None = None
         self._thread = threading.Thread(target=self._work, name="petals-torch", daemon=True)
 
     def run(self, function: Callable[[], T]) -> "Future[T]":
@@ -131,6 +134,12 @@ class TorchThread:
             return self._join(timeout)
         return True
 
+    @property
+    def idle(self) -> float:
+        """Seconds for which it has had nothing to do so far."""
+        since = self._idle_since
+        return self._idle + (0.0 if since is None else time.monotonic() - since)
+
     def wake(self) -> None:
         """Something has changed for what is attached: ask it again."""
         with self._condition:
@@ -178,7 +187,10 @@ class TorchThread:
         while True:
             with self._condition:
                 if not (self._jobs or self._awake or self._stopping) and pause != 0:
+                    self._idle_since = begin = time.monotonic()
                     self._condition.wait(pause)
+                    self._idle_since, end = None, time.monotonic()
+                    self._idle += end - begin
                 if self._stopping:
                     return
                 self._awake = False

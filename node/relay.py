@@ -344,7 +344,8 @@ class Relay:
                 await oldest.closed.wait()
 
     def _take_room(self, opened: Open, peer_id: str) -> Ticket:
-        ours = peer_id == self._network.peer_id
+        own = self._network.peer_id
+        ours = peer_id == own
         ticket = self._admission.admit(peer_id, cache_tokens=opened.batch * opened.max_tokens)
         try:
             self._engine.open(
@@ -354,6 +355,7 @@ class Relay:
                 padding=opened.padding,
                 originator=peer_id,
                 priority=Priority.OWN if ours else Priority.NORMAL,
+                sampled_here=ours and opened.predecessor == own and opened.successor is None,
                 prefixes=shares_prefixes(opened),
             )
         except BaseException:

@@ -54,7 +54,9 @@ async def one_model(settings: Settings, report: Report, size: ModelSize) -> None
         local = stack.enter_context(Local(folder, AUTO, ends=True))
         prompts = Prompts(local.checkpoint.vocab_size)
         await one_session(settings, report, label, local, swarms, prompts)
-        await many_sessions(settings, report, label, swarms[JUDGED], prompts)
+        for processes, swarm in swarms.items():
+            ours = f"{label}: {processes} process{'es' * (processes > 1)}"
+            await many_sessions(settings, report, ours, swarm, prompts)
         await shared_prompt(settings, report, label, swarms[JUDGED], prompts)
 
 
@@ -152,7 +154,7 @@ async def many_sessions(
             alone.append(1 / one.token)
             together.append(sum(1 / each.token for each in several))
     report.ahead(
-        f"{label}: {JUDGED} processes, {SESSIONS} sessions of one originator",
+        f"{label}, {SESSIONS} sessions of one originator",
         statistics.median(together),
         "tokens/s in all",
         "one session alone",

@@ -66,3 +66,15 @@ def test_a_step_submitted_before_the_last_one_ended_says_nothing() -> None:
     gathering.came("a", 9.0)
     gathering.left("a", SPAN, 10.0)
     assert gathering.wait([SPAN], ROUND, 10.0) > 0
+
+
+def test_of_who_is_sampled_here_only_idle_seconds_count() -> None:
+    """What the thread does meanwhile, a head or a round of others, brings it back or runs anyway."""
+    gathering = Gathering()
+    for number in range(3):
+        gathering.left("a", SPAN, float(number), 0.001 * number)
+        gathering.came("a", number + 0.5, 0.001 * (number + 1))
+    gathering.left("a", SPAN, 100.0, 0.0)
+    assert 0.001 < gathering.wait([SPAN], ROUND, 100.03, 0.0) < 0.006
+    assert gathering.wait([SPAN], ROUND, 100.03, 0.006) <= 0, "it was idle for that long"
+    assert gathering.wait([SPAN], ROUND, 100.03 + 2 * ROUND, 0.0) <= 0, "nor for ever"

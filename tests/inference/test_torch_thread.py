@@ -1,6 +1,7 @@
 """Jobs and rounds on one thread: their order, their ends, and what happens to those not begun."""
 
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
 
@@ -218,6 +219,19 @@ def test_detaching_from_the_thread_itself_or_after_its_end() -> None:
     thread.attach(turn)
     assert thread.shutdown()
     assert thread.detach(turn, timeout=60)
+
+
+def test_it_is_idle_while_it_has_nothing_to_do(thread: TorchThread) -> None:
+    def working() -> tuple[float, float]:
+        before = thread.idle
+        torch.ones(1000).sum()
+        return before, thread.idle
+
+    before, after = thread.run(working).result(60)
+    assert before == after
+    deadline = time.monotonic() + 60
+    while thread.idle <= after:
+        assert time.monotonic() < deadline, "it was never idle again"
 
 
 def test_denormal_numbers_are_zero_on_it(thread: TorchThread) -> None:
