@@ -45,9 +45,10 @@ void lay_panels(const char *weights, int size, ptrdiff_t features, ptrdiff_t inp
     }
 }
 
-/* The same of 4 bits that have a byte each, two of them into one: [panels][inputs][LANES]. */
-void lay_nibbles(const uint8_t *codes, ptrdiff_t features, ptrdiff_t inputs, uint8_t *data) {
-    const ptrdiff_t panels = (features + PANEL - 1) / PANEL;
+/* The same of 4 bits that have a byte each, into words of 8 inputs: [panels][inputs / 8, made up][PANEL].
+   The first input is in the lowest bits. */
+void lay_nibbles(const uint8_t *codes, ptrdiff_t features, ptrdiff_t inputs, uint32_t *data) {
+    const ptrdiff_t panels = (features + PANEL - 1) / PANEL, words = (inputs + 7) / 8;
 #pragma omp parallel for schedule(static)
     for (ptrdiff_t panel = 0; panel < panels; panel++) {
         const ptrdiff_t wide = least(PANEL, features - panel * PANEL);
@@ -56,10 +57,12 @@ void lay_nibbles(const uint8_t *codes, ptrdiff_t features, ptrdiff_t inputs, uin
             const ptrdiff_t count = least(CHUNK, inputs - first);
             uint8_t here[PANEL][CHUNK] = {{0}};
             fetch(from, 1, inputs, wide, first, count, (char *)here);
-            for (ptrdiff_t i = 0; i < count; i++)
-                for (ptrdiff_t f = 0; f < LANES; f++)
-                    data[(panel * inputs + first + i) * LANES + f] =
-                        (uint8_t)(here[f][i] | here[f + LANES][i] << 4);
+            for (ptrdiff_t i = 0; i < count; i += 8)
+                for (ptrdiff_t f = 0; f < PANEL; f++) {
+                    uint32_t word = 0;
+                    for (int at = 0; at < 8; at++) word |= (uint32_t)here[f][i + at] << 4 * at;
+                    data[(panel * words + (first + i) / 8) * PANEL + f] = word;
+                }
         }
     }
 }

@@ -43,7 +43,15 @@ static const float LEVELS[16] = {
     -0.0910500362f, 0.0f,           0.0795802996f,  0.1609302014f,  0.2461123019f,  0.3379152417f,
     0.4407098293f,  0.5626170039f,  0.7229568362f,  1.0f};
 
-/* Bytes of PANEL weights. Those of 4 bits lie two in a byte: feature i, and i + LANES above it. */
+/* How many inputs lie together. Those of 4 bits: a feature's in a word of 32 bits, so that only a shift
+   and a look-up stand between memory and a float. The last ones are made up. */
+INLINE int unit(const enum dtype dtype) { return dtype == NF4 ? 8 : 1; }
+
+INLINE ptrdiff_t inputs_held(ptrdiff_t inputs, const enum dtype dtype) {
+    return (inputs + unit(dtype) - 1) / unit(dtype) * unit(dtype);
+}
+
+/* Bytes of PANEL weights. */
 INLINE ptrdiff_t panel_row(enum dtype dtype) {
     switch (dtype) {
     case NF4: return LANES;
@@ -53,12 +61,18 @@ INLINE ptrdiff_t panel_row(enum dtype dtype) {
     }
 }
 
-INLINE struct pair load_weights(const char *p, const enum dtype dtype, const uint8_t *exponents) {
+/* Those of the `at`-th input of a unit. */
+INLINE struct pair load_weights(const char *p, const enum dtype dtype, const uint8_t *exponents,
+                                const int at) {
     switch (dtype) {
 #ifdef TWELVE_BITS
     case TWELVE: return from_twelve((const uint8_t *)p, exponents);
 #endif
-    case NF4: return from_nibbles((const uint8_t *)p, LEVELS);
+    case NF4: {
+        const uint32_t *words = (const uint32_t *)p;
+        return (struct pair){from_nibbles(words, 4 * at, LEVELS),
+                             from_nibbles(words + LANES, 4 * at, LEVELS)};
+    }
     case INT8: {
         const int8_t *integers = (const int8_t *)p;
         return (struct pair){from_int8(integers), from_int8(integers + LANES)};
@@ -69,60 +83,84 @@ INLINE struct pair load_weights(const char *p, const enum dtype dtype, const uin
 
 /* A part of the product: some rows by some panels, through `count` inputs. */
 struct part {
-    const char *weights;    /* of the first panel */
-    ptrdiff_t panel_size;   /* bytes from one panel to the next */
-    const float *scales;    /* [PANEL], of the first panel, or NULL */
-    ptrdiff_t panel_scales; /* from those of one panel to those of the next */
+    const char *weights;      /* of the first panel */
+    ptrdiff_t panel_size;     /* bytes from one panel to the next */
+    const float *scales;      /* [PANEL], of the first panel and group, or NULL */
+    ptrdiff_t panel_scales;   /* from those of one panel to those of the next */
     const uint8_t *exponents; /* [EXPONENTS] of each panel, or NULL */
-    const float *rows;      /* [count][rows] */
+    const float *rows;        /* [count][rows] */
     ptrdiff_t count;
-    ptrdiff_t left;    /* inputs from here to the end of the panel */
-    const char *ahead; /* what the memory is asked for while these weights are read ... */
-    int spread;        /* ... and at which part of their speed: 1 / 2^spread */
-    float *out;        /* [rows, features] */
+    ptrdiff_t first_group; /* inputs from here to the end of the first group, if there are groups ... */
+    ptrdiff_t group;       /* ... and of one */
+    ptrdiff_t left;        /* inputs from here to the end of the panel */
+    const char *ahead;     /* what the memory is asked for while these weights are read ... */
+    int spread;            /* ... and at which part of their speed: 1 / 2^spread */
+    float *out;            /* [rows, features] */
     ptrdiff_t features;
 };
+
+/* What the `at`-th input of a unit adds to the sums. */
+INLINE void add_input(const struct part *part, const char *weights, const float *x, const int rows,
+                      const int panels, const enum dtype dtype, const int at,
+                      vec sums[MOST_TOGETHER][2][MAX_TILE]) {
+    UNROLL for (int p = 0; p < panels; p++) {
+        const struct pair pair = load_weights(weights + p * part->panel_size, dtype,
+                                              part->exponents + p * EXPONENTS, at);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const vec value = SET(x[r]);
+            sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
+            sums[p][1][r] = FMA(pair.right, value, sums[p][1][r]);
+        }
+    }
+}
 
 /* `out` += `rows` times `weights`, times `scales` if there are any. */
 INLINE void tile(const struct part *part, const int rows, const int panels,
                  const enum dtype dtype) {
     const int scaled = dtype == INT8 || dtype == NF4;
     const ptrdiff_t row_bytes = panel_row(dtype), panel_size = part->panel_size;
-    const ptrdiff_t count = part->count;
-    const char *weights = part->weights;
-    const float *x = part->rows;
-    vec sums[MOST_TOGETHER][2][MAX_TILE];
-    UNROLL for (int p = 0; p < panels; p++)
-        UNROLL for (int v = 0; v < 2; v++)
-            UNROLL for (int r = 0; r < rows; r++) {
-                const float *from = part->out + r * part->features + p * PANEL + v * LANES;
-                sums[p][v][r] = scaled ? SET(0.0f) : LOAD(from);
-            }
+    const ptrdiff_t count = part->count, asked_row = row_bytes >> part->spread;
     /* Behind the end of these panels, the next ones are read: those behind the last of these. */
-    const ptrdiff_t inside = between(0, part->left - AHEAD / row_bytes, count);
-    const ptrdiff_t ends[2] = {inside, count}, asked_row = row_bytes >> part->spread;
-    const char *asked = part->ahead;
+    const int at_once = unit(dtype);
+    const ptrdiff_t inside =
+        between(0, (part->left - AHEAD / row_bytes) / at_once * at_once, count);
+    const char *weights = part->weights;
+    const float *x = part->rows, *scales = part->scales;
     ptrdiff_t i = 0;
-    for (int k = 0; k < 2; k++, asked += (panels - 1) * panel_size)
-        for (; i < ends[k]; i++, weights += row_bytes, asked += asked_row, x += rows)
-            UNROLL for (int p = 0; p < panels; p++) {
-                UNROLL for (ptrdiff_t line = 0; line < row_bytes; line += LINE)
-                    _mm_prefetch(asked + p * panel_size + line, _MM_HINT_T0);
-                const struct pair pair = load_weights(weights + p * panel_size, dtype, part->exponents + p * EXPONENTS);
+    for (ptrdiff_t end = scaled ? least(part->first_group, count) : count; i < count;
+         end = least(end + part->group, count), scales += PANEL) {
+        vec sums[MOST_TOGETHER][2][MAX_TILE];
+        UNROLL for (int p = 0; p < panels; p++)
+            UNROLL for (int v = 0; v < 2; v++)
                 UNROLL for (int r = 0; r < rows; r++) {
-                    const vec value = SET(x[r]);
-                    sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
-                    sums[p][1][r] = FMA(pair.right, value, sums[p][1][r]);
+                    const float *from = part->out + r * part->features + p * PANEL + v * LANES;
+                    sums[p][v][r] = scaled ? SET(0.0f) : LOAD(from);
                 }
+        while (i < end) {
+            const ptrdiff_t stop = i < inside ? least(inside, end) : end;
+            const char *asked =
+                part->ahead + i * asked_row + (i < inside ? 0 : (panels - 1) * panel_size);
+            for (; i + at_once <= stop; i += at_once) {
+                UNROLL for (int p = 0; p < panels; p++)
+                    UNROLL for (ptrdiff_t line = 0; line < at_once * row_bytes; line += LINE)
+                        _mm_prefetch(asked + p * panel_size + line, _MM_HINT_T0);
+                UNROLL for (int at = 0; at < at_once; at++, x += rows)
+                    add_input(part, weights, x, rows, panels, dtype, at, sums);
+                weights += at_once * row_bytes;
+                asked += at_once * asked_row;
             }
-    UNROLL for (int p = 0; p < panels; p++)
-        UNROLL for (int v = 0; v < 2; v++)
-            UNROLL for (int r = 0; r < rows; r++) {
-                float *to = part->out + r * part->features + p * PANEL + v * LANES;
-                const float *scale = part->scales + p * part->panel_scales + v * LANES;
-                const vec sum = sums[p][v][r];
-                STORE(to, scaled ? FMA(sum, LOAD(scale), LOAD(to)) : sum);
-            }
+            for (int at = 0; i < stop; i++, at++, x += rows) /* the last unit, not whole */
+                add_input(part, weights, x, rows, panels, dtype, at, sums);
+        }
+        UNROLL for (int p = 0; p < panels; p++)
+            UNROLL for (int v = 0; v < 2; v++)
+                UNROLL for (int r = 0; r < rows; r++) {
+                    float *to = part->out + r * part->features + p * PANEL + v * LANES;
+                    const float *scale = scales + p * part->panel_scales + v * LANES;
+                    const vec sum = sums[p][v][r];
+                    STORE(to, scaled ? FMA(sum, LOAD(scale), LOAD(to)) : sum);
+                }
+    }
 }
 
 /* Panels that are walked through together: enough sums to hide what an addition takes. */
@@ -176,7 +214,8 @@ static void any_tile(const struct part *part, int rows, int panels, enum dtype d
     }
 }
 
-/* A matrix in panels: [features / PANEL][inputs][PANEL]. `scales` are [features / PANEL][inputs /
+/* A matrix in panels: [features / PANEL][inputs][PANEL]; of 4 bits, [features / PANEL][inputs / 8, made
+   up][PANEL] words. `scales` are [features / PANEL][inputs /
    group, made up][PANEL]; NULL without a `group`. What is below `dtype` is of 12 bits, else NULL: the
    exponents of each panel, [features / PANEL][EXPONENTS], and the weights that have others, those of
    panel p from `firsts[p]` to `firsts[p + 1]` - 1: their places in it, input * PANEL + feature, and
@@ -225,7 +264,8 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
     const ptrdiff_t row_bytes = panel_row(matrix->dtype), inputs = matrix->inputs;
     const ptrdiff_t rows = product->rows, tiles = product->tiles, wide = some * PANEL;
     const ptrdiff_t group = matrix->group, groups = group ? (inputs + group - 1) / group : 0;
-    const char *weights = matrix->data + panel * inputs * row_bytes;
+    const ptrdiff_t panel_size = inputs_held(inputs, matrix->dtype) * row_bytes;
+    const char *weights = matrix->data + panel * panel_size;
     const float *bias = product->bias;
     /* The first tile waits for weights that the others then find in the cache. So that memory is
        never idle, each of them asks for its part of the next DEPTH. */
@@ -239,25 +279,23 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
             const ptrdiff_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
             const ptrdiff_t end = least(depth + DEPTH, inputs);
             const ptrdiff_t asked = depth + ((end - depth) * (t & ((1 << spread) - 1)) >> spread);
-            for (ptrdiff_t from = depth, count; from < end; from += count) {
-                const ptrdiff_t scales = group ? panel * groups + from / group : 0;
-                count = group ? least(group - from % group, end - from) : end - from;
-                const struct part part = {
-                    .weights = weights + from * row_bytes,
-                    .panel_size = inputs * row_bytes,
-                    .scales = matrix->scales + scales * PANEL,
-                    .panel_scales = groups * PANEL,
-                    .exponents = matrix->exponents + panel * EXPONENTS,
-                    .rows = product->ordered + first * inputs + from * (last - first),
-                    .count = count,
-                    .left = inputs - from,
-                    .ahead = weights + ahead + (asked + ((from - depth) >> spread)) * row_bytes,
-                    .spread = spread,
-                    .out = sums + first * wide,
-                    .features = wide,
-                };
-                any_tile(&part, (int)(last - first), some, matrix->dtype);
-            }
+            const struct part part = {
+                .weights = weights + depth * row_bytes,
+                .panel_size = panel_size,
+                .scales = matrix->scales + (group ? panel * groups + depth / group : 0) * PANEL,
+                .panel_scales = groups * PANEL,
+                .exponents = matrix->exponents + panel * EXPONENTS,
+                .rows = product->ordered + first * inputs + depth * (last - first),
+                .count = end - depth,
+                .first_group = group ? group - depth % group : 0,
+                .group = group,
+                .left = inputs - depth,
+                .ahead = weights + ahead + asked * row_bytes,
+                .spread = spread,
+                .out = sums + first * wide,
+                .features = wide,
+            };
+            any_tile(&part, (int)(last - first), some, matrix->dtype);
         }
     if (matrix->dtype == TWELVE)
         for (int p = 0; p < some; p++)

@@ -44,12 +44,10 @@ INLINE vec from_brain(const uint16_t *p) {
 INLINE vec from_int8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
-/* What the lower halves of LANES bytes stand for in `levels`, and the upper ones. */
-INLINE struct pair from_nibbles(const uint8_t *p, const float *levels) {
-    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-    const vec all = LOAD(levels); /* an index counts in its lowest four bits only */
-    return (struct pair){_mm512_permutexvar_ps(both, all),
-                         _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), all)};
+/* What 4 bits of LANES words of 32, from bit `shift` on, stand for in `levels`. */
+INLINE vec from_nibbles(const uint32_t *p, int shift, const float *levels) {
+    const __m512i index = _mm512_srli_epi32(_mm512_loadu_si512(p), shift);
+    return _mm512_permutexvar_ps(index, LOAD(levels)); /* by its lowest four bits */
 }
 #if defined(__AVX512BW__)
 #define TWELVE_BITS 1
@@ -111,15 +109,12 @@ INLINE vec from_brain(const uint16_t *p) {
 INLINE vec from_int8(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
-INLINE vec level(__m256i index, const float *levels) {
-    const vec low = _mm256_permutevar8x32_ps(LOAD(levels), index); /* by the lowest three bits */
+/* What 4 bits of LANES words of 32, from bit `shift` on, stand for in `levels`. */
+INLINE vec from_nibbles(const uint32_t *p, int shift, const float *levels) {
+    const __m256i index = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i *)p), shift);
+    const vec low = _mm256_permutevar8x32_ps(LOAD(levels), index); /* by its lowest three bits */
     const vec high = _mm256_permutevar8x32_ps(LOAD(levels + LANES), index);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-}
-/* What the lower halves of LANES bytes stand for in `levels`, and the upper ones. */
-INLINE struct pair from_nibbles(const uint8_t *p, const float *levels) {
-    const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
-    return (struct pair){level(both, levels), level(_mm256_srli_epi32(both, 4), levels)};
 }
 #define TWELVE_BITS 1
 /* As with AVX-512. */

@@ -94,8 +94,8 @@ class Packer:
         weight = weight.contiguous()
         (features, inputs), panel = weight.shape, self._panel
         panels = -(-features // panel)
-        if weight.dtype == torch.uint8:  # of NF4, two go into a byte
-            data = mapped_zeros((panels, inputs, panel // 2), weight.dtype)
+        if weight.dtype == torch.uint8:  # of NF4, 8 inputs go into a word
+            data = mapped_zeros((panels, -(-inputs // 8) * 8, panel // 2), weight.dtype)
             self._lay_nibbles(weight.data_ptr(), features, inputs, data.data_ptr())
         else:
             data = mapped_zeros((panels, inputs, panel), weight.dtype)
