@@ -24,7 +24,8 @@ from typing import Protocol
 import torch
 
 from .cache import LaneCache
-from .native import CachedLanes, native
+from .lanes import CachedLanes, DecodingRows
+from .native import native
 
 _SCRATCH_BYTES = 32 * 2**20
 """About how much a group of heads may take in masks, keys and values. Small enough to stay near the
@@ -219,9 +220,7 @@ def ragged_attention(
         library = native()
         assert library is not None
         library.decode_attention(
-            query,
-            key,
-            value,
+            DecodingRows.separate(query, key, value),
             output,
             plan.decoding,
             plan.prepared(block),
@@ -257,8 +256,13 @@ def fused_attention(
         return None
     _, rows, width = fused.shape
     output = fused.new_empty((rows, heads, width // (3 * heads)))
-    library.decode_attention_fused(
-        fused, output, plan.decoding, plan.prepared(block), scale=scale, slopes=plan.slopes
+    library.decode_attention(
+        DecodingRows.fused(fused, heads),
+        output,
+        plan.decoding,
+        plan.prepared(block),
+        scale=scale,
+        slopes=plan.slopes,
     )
     return output.view(1, rows, width // 3)
 

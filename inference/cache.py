@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..protocol.errors import CacheFull, LocalProtocolError
-from .native import CachedLanes, IntArray, lane_memory
+from .lanes import CachedLanes, IntArray, lane_memory
 
 _LEAST_GROWTH = 32
 """Tokens; room for twice as many is made at most, or for a quarter of those that are there."""

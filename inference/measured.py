@@ -41,6 +41,7 @@ def _source() -> str:
     for name in (
         "attention.py",
         "kernels.py",
+        "lanes.py",
         "linear.py",
         "native.py",
         "native_attention.c",

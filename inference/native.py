@@ -8,20 +8,16 @@ import ctypes
 import functools
 import logging
 import time
-from collections.abc import Sequence
 from statistics import quantiles
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from .lanes import CachedLanes, DecodingRows
 from .native_library import NativeError, open_library
 from .packed import NATIVE_DTYPES, PackedMatrix
 from .packing import Packer
 
 logger = logging.getLogger(__name__)
-
-IntArray = npt.NDArray[np.int64]
 
 _FEW_STREAMS = 4
 """Until it is known what is fastest here."""
@@ -32,58 +28,6 @@ _PRODUCTS = (500, 10_000)
 compute beside others that load, and at most; twice as many from time to time."""
 
 _void, _size, _int, _float = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_float
-
-
-_Views = ctypes.c_int64 * 9
-"""``struct strided`` three times."""
-
-
-def lane_memory(keys: torch.Tensor, values: torch.Tensor, key_norms: torch.Tensor) -> list[int]:
-    """A row of ``CachedLanes``' memory: keys and values are ``[cache_heads, capacity, head_dim]``.
-
-    ``key_norms`` are the greatest norms of keys, as ``LaneCache.key_norms``; they are kept up.
-    """
-    return [keys.data_ptr(), values.data_ptr(), key_norms.data_ptr(), keys.shape[1]]
-
-
-class CachedLanes:
-    """What lanes have cached in some blocks, in the order that ``Native.decode_attention`` reads it in.
-
-    Made before a round begins: between two products, what Python does is time in which all threads wait.
-    """
-
-    def __init__(
-        self,
-        memory: Sequence[IntArray],
-        lengths: Sequence[int],
-        rows: Sequence[int],
-        dtype: torch.dtype,
-    ) -> None:
-        """Lane i has ``lengths[i]`` tokens and owns row ``rows[i]`` of the batch.
-
-        ``memory[i]`` is int64 ``[blocks, 4]``, of each block a ``lane_memory``, which whoever calls
-        keeps alive; all keys and values are of one ``dtype``.
-        """
-        self.count = len(memory)
-        self.dtype = dtype
-        self._table = np.empty((len(memory[0]), self.count, 6), np.int64)  # of struct lane
-        for lane, own in enumerate(memory):
-            self._table[:, lane, :4] = own
-        self._table[:, :, 4] = lengths
-        self._table[:, :, 5] = rows
-        self._address: int = self._table.ctypes.data
-        self._room: list[int] = self._table[:, :, 3].min(axis=0).tolist()
-
-    def set_lengths(self, lengths: Sequence[int]) -> bool:
-        """Let the lanes have ``lengths`` tokens; False: there is no room behind as many."""
-        if any(length >= room for length, room in zip(lengths, self._room, strict=True)):
-            return False
-        self._table[:, :, 4] = lengths
-        return True
-
-    def address(self, block: int) -> int:
-        """Of ``struct lane``, ``count`` times, for a block, counted from the first one."""
-        return self._address + block * self._table.strides[0]
 
 
 class Native:
@@ -216,9 +160,7 @@ class Native:
 
     def decode_attention(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        new: DecodingRows,
         output: torch.Tensor,
         lanes: CachedLanes,
         block: int,
@@ -229,77 +171,21 @@ class Native:
         softcap: float | None = None,
         streams: int | None = None,
     ) -> None:
-        """For each lane, attend its row to what it has cached in ``block`` of ``lanes`` and to itself.
+        """For each lane, attend its ``new`` row to what it has cached in ``block`` of ``lanes`` and to itself.
 
-        ``query`` is ``[1, heads, rows, head_dim]``, ``key`` and ``value`` are ``[1, cache_heads, rows,
-        head_dim]``. Behind the tokens that a lane has cached, the new ones are written. Writes the
-        lanes' rows of ``output`` ``[rows, heads, head_dim]``. ``slopes`` ``[heads]`` are ALiBi's.
-        ``window`` is how many tokens, itself among them, a row sees; ``softcap`` bends scores into
-        -softcap to softcap. ``streams`` are as in ``multiply``.
+        Behind the tokens that a lane has cached, the new ones are written. Writes the lanes' rows of
+        ``output`` ``[rows, heads, head_dim]``. ``slopes`` ``[heads]`` are ALiBi's. ``window`` is how
+        many tokens, itself among them, a row sees; ``softcap`` bends scores into -softcap to softcap.
+        ``streams`` are as in ``multiply``.
         """
-        views = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
-        self._attend(
-            _Views(*[n for x in views for n in (x.data_ptr(), x.stride(1), x.stride(2))]),
-            key.shape[1],
-            output,
-            lanes,
-            block,
-            scale=scale,
-            slopes=slopes,
-            window=window,
-            softcap=softcap,
-            streams=streams,
-        )
-
-    def decode_attention_fused(
-        self,
-        fused: torch.Tensor,
-        output: torch.Tensor,
-        lanes: CachedLanes,
-        block: int,
-        *,
-        scale: float,
-        slopes: torch.Tensor | None,
-    ) -> None:
-        """``decode_attention`` of contiguous ``[1, rows, heads * 3 * head_dim]``, as BLOOM has them.
-
-        Of each head the query, the key, the value. To make tensors of them takes as long as the rest.
-        """
-        _, heads, head_dim = output.shape
-        begin, head, row = fused.data_ptr(), 3 * head_dim, 3 * heads * head_dim
-        part = 4 * head_dim  # bytes
-        self._attend(
-            _Views(begin, head, row, begin + part, head, row, begin + 2 * part, head, row),
-            heads,
-            output,
-            lanes,
-            block,
-            scale=scale,
-            slopes=slopes,
-        )
-
-    def _attend(
-        self,
-        views: ctypes.Array[ctypes.c_int64],
-        cache_heads: int,
-        output: torch.Tensor,
-        lanes: CachedLanes,
-        block: int,
-        *,
-        scale: float,
-        slopes: torch.Tensor | None,
-        window: int | None = None,
-        softcap: float | None = None,
-        streams: int | None = None,
-    ) -> None:
         _, heads, head_dim = output.shape
         self._attention(
-            views,
+            new.views,
             output.data_ptr(),
             lanes.address(block),
             lanes.count,
             heads,
-            cache_heads,
+            new.cache_heads,
             head_dim,
             window or 0,
             scale,

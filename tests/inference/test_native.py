@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from petals.inference.native import CachedLanes, Native, lane_memory, native, open_native
+from petals.inference.lanes import CachedLanes, DecodingRows, lane_memory
+from petals.inference.native import Native, native, open_native
 from petals.inference.quantizing import NF4_GROUP, NF4_LEVELS, Int8Weights, Nf4Weights
 from torch.nn import functional as F
 
@@ -213,7 +214,9 @@ def test_attention_of_rows_that_decode(
     memory = [np.array([other, lane_memory(*own)]) for own in known]
     lanes = CachedLanes(memory, lengths, rows, dtype)
     views = query[None], key[None], value[None]
-    library.decode_attention(*views, output, lanes, 1, scale=scale, **options)
+    library.decode_attention(
+        DecodingRows.separate(*views), output, lanes, 1, scale=scale, **options
+    )
     assert (output[0] == 7).all()
     assert (output[-1] == 7).all()
     for (keys, values, norm), length, row in zip(known, lengths, rows, strict=True):
@@ -256,7 +259,9 @@ def test_what_is_not_finite_stays_visible(library: Native) -> None:
         output = torch.zeros(1, 2, 8)
         lanes = CachedLanes([np.array([lane_memory(*cache)])], [40], [0], torch.float32)
         views = query[None], key[None], value[None]
-        library.decode_attention(*views, output, lanes, 0, scale=1.0, slopes=None)
+        library.decode_attention(
+            DecodingRows.separate(*views), output, lanes, 0, scale=1.0, slopes=None
+        )
         assert torch.isfinite(output[0, 0]).all()
         if bad is not key:  # a key that is NaN comes with such a value
             assert torch.isnan(output[0, 1]).any()
@@ -273,7 +278,8 @@ def test_what_no_query_can_hear_is_not_read(library: Native) -> None:
         output = torch.zeros(1, 1, 32)
         memory = np.array([lane_memory(keys, values, longest := torch.tensor([said]))])
         lanes, slopes = CachedLanes([memory], [2000], [0], torch.float32), torch.tensor([0.3])
-        library.decode_attention(query, key, value, output, lanes, 0, scale=1.0, slopes=slopes)
+        new = DecodingRows.separate(query, key, value)
+        library.decode_attention(new, output, lanes, 0, scale=1.0, slopes=slopes)
         assert longest >= said
         assert torch.allclose(output, torch.tensor(7.0)) == heard
 
