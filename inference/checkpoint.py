@@ -224,11 +224,12 @@ class Checkpoint:
 
     def block_bytes(self, precision: Precision, device: torch.device) -> int:
         """Memory that the weights of one block take on ``device``."""
-        weights = precision.weights
+        weights, exact = precision.weights, False
         if weights is WeightFormat.FLOAT32 and self.dtype in (torch.float16, torch.bfloat16):
             stored = WeightFormat(str(self.dtype).removeprefix("torch."))
-            weights = stored if widens(stored, device) else weights  # held without loss
-        return int(self.block_parameters() * bytes_per_weight(weights, device))
+            exact = widens(stored, device)
+            weights = stored if exact else weights  # held without loss
+        return int(self.block_parameters() * bytes_per_weight(weights, device, exact=exact))
 
     def block_parameters(self) -> int:
         """The number of parameters of one block, the first or the last: mixtures begin dense."""

@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import platformdirs
 import torch
@@ -375,39 +375,53 @@ Times = dict[MakeKernel, dict[int, float]]
 
 
 def widens(weights: WeightFormat, device: torch.device) -> bool:
-    """Whether 16-bit ``weights`` cost nothing but the bits that they lack: sums are float32."""
-    return device.type == "cpu" and choose_kernel(weights, device) in _WIDENING
+    """Whether 16-bit ``weights`` may cost nothing but the bits that they lack: sums are float32."""
+    return _fastest(weights, device, exact=True) is not None
 
 
-def bytes_per_weight(weights: WeightFormat, device: torch.device) -> float:
+def bytes_per_weight(weights: WeightFormat, device: torch.device, *, exact: bool = False) -> float:
     """Memory that a weight takes, scales and what a kernel adds included, as measured."""
     library = native() if weights is WeightFormat.BFLOAT16 and device.type == "cpu" else None
     twelve = library is not None and library.packer.has_twelve_bits
-    if twelve and choose_kernel(weights, device) is NativeHalf:
+    if twelve and choose_kernel(weights, device, exact=exact) is NativeHalf:
         return 1.51
     return {"float32": 4.0, "int8": 1.2, "nf4": 0.57}.get(weights.value, 2.0)
 
 
-def choose_kernel(weights: WeightFormat, device: torch.device) -> MakeKernel:
+def choose_kernel(
+    weights: WeightFormat, device: torch.device, *, exact: bool = False
+) -> MakeKernel:
     """The fastest kernel for ``weights`` that works on ``device``; measured once per process.
 
-    Raises ConfigError when none does, which only a quantised format can come to.
+    With ``exact``, of those that round nothing of what 16-bit weights are multiplied by. Raises
+    ConfigError when there is none, which only that or a quantised format can come to.
     """
-    kernel, _ = _fastest(weights, device)
+    kernel, _ = _fastest(weights, device, exact=exact) or _none(weights, device)
     return kernel
 
 
 def probe_seconds(weights: WeightFormat, device: torch.device) -> float:
     """What the chosen kernel takes on a small matrix: the geometric mean of one row and many."""
-    _, seconds = _fastest(weights, device)
+    _, seconds = _fastest(weights, device, exact=False) or _none(weights, device)
     return seconds
+
+
+def _none(weights: WeightFormat, device: torch.device) -> NoReturn:
+    raise ConfigError(
+        f"quantization: nothing here can compute with {weights} weights on {device}; "
+        "use another one, or none"
+    )
 
 
 @functools.cache
 @torch.inference_mode()
-def _fastest(weights: WeightFormat, device: torch.device) -> tuple[MakeKernel, float]:
+def _fastest(
+    weights: WeightFormat, device: torch.device, *, exact: bool
+) -> tuple[MakeKernel, float] | None:
     candidates = _KERNELS.get((device.type, weights), ())
-    if not weights.quantized:
+    if exact:
+        candidates = tuple(kernel for kernel in candidates if kernel in _WIDENING)
+    elif not weights.quantized:
         candidates += (Plain,)
     working: dict[MakeKernel, Callable[[int], float]] = {}
     for candidate in candidates:
@@ -415,10 +429,7 @@ def _fastest(weights: WeightFormat, device: torch.device) -> tuple[MakeKernel, f
         if measure is not None:
             working[candidate] = measure
     if not working:
-        raise ConfigError(
-            f"quantization: nothing here can compute with {weights} weights on {device}; "
-            "use another one, or none"
-        )
+        return None
     # Taking turns, so that a moment in which somebody else computes hits all alike.
     taken = {kernel: dict.fromkeys(_ROWS, math.inf) for kernel in working}
     for _ in range(_TURNS):
@@ -430,7 +441,6 @@ def _fastest(weights: WeightFormat, device: torch.device) -> tuple[MakeKernel, f
         seconds = math.pow(math.prod(by_count.values()), 1 / len(_ROWS))
         if best is None or seconds < _CLEARLY_FASTER * best[1]:
             best = kernel, seconds
-    assert best is not None
     return best
 
 

@@ -112,9 +112,9 @@ def _pieces(shape: torch.Size, device: torch.device) -> Iterator[tuple[int, int]
 
 
 def _pack(piece: torch.Tensor, bias: torch.Tensor | None, weights: WeightFormat) -> Kernel:
-    if weights is WeightFormat.FLOAT32:
-        weights = _exact_half(piece) or weights
-    make = choose_kernel(weights, piece.device)
+    half = _exact_half(piece) if weights is WeightFormat.FLOAT32 else None
+    weights = half or weights
+    make = choose_kernel(weights, piece.device, exact=half is not None)
     if weights.quantized:
         try:
             return make(piece, bias)

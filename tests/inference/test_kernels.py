@@ -24,6 +24,7 @@ from petals.inference.kernels import (
     WeightOnlyInt8,
     choose_kernel,
     probe_seconds,
+    widens,
 )
 from petals.inference.linear import PIECE, pack_linear
 from petals.protocol.errors import ConfigError
@@ -154,6 +155,25 @@ def test_the_least_that_any_process_found_decides(
             )
             assert chosen(NativeHalf=1.0, FbgemmHalf=1.5) is NativeHalf
             assert chosen(NativeHalf=9.0, FbgemmHalf=2.0) is NativeHalf
+    finally:
+        kernels._fastest.cache_clear()
+
+
+def test_what_rounds_rows_is_not_taken_for_what_is_to_be_exact(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However fast it is: checkpoints in bfloat16 give the text of float32 by default."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    takes = {NativeHalf: 9.0, Reordered: 1.0}
+    monkeypatch.setattr(kernels, "_try", lambda kernel, *_: lambda _: takes.get(kernel, 99.0))
+    kernels._fastest.cache_clear()
+    try:
+        assert choose_kernel(WeightFormat.BFLOAT16, CPU) is Reordered
+        assert choose_kernel(WeightFormat.BFLOAT16, CPU, exact=True) is NativeHalf
+        assert widens(WeightFormat.BFLOAT16, CPU)
+        monkeypatch.setattr(kernels, "_try", lambda *_: None)
+        kernels._fastest.cache_clear()
+        assert not widens(WeightFormat.BFLOAT16, CPU)
     finally:
         kernels._fastest.cache_clear()
 

@@ -103,7 +103,7 @@ def test_what_is_not_finite_stays_visible(library: Native) -> None:
 def test_three_quarters_of_the_memory_unless_that_would_lose_something(library: Native) -> None:
     weight = normal(256, 1000).bfloat16()
     everywhere = (normal(256, 1000) * torch.exp(20 * normal(256, 1000, seed=1))).bfloat16()
-    with patch.object(linear, "choose_kernel", lambda *_: NativeHalf):
+    with patch.object(linear, "choose_kernel", lambda *_, **__: NativeHalf):
         packed = [held(matrix).packed for matrix in (weight, everywhere, weight.half())]
     assert [each.data.nbytes / weight.nbytes for each in packed] == [0.75, 1.0, 1.0]
     assert [each.data.dtype for each in packed[1:]] == [torch.bfloat16, torch.float16]

@@ -20,16 +20,18 @@ def share(folder: Path) -> None:
     """Let nodes of this process, and of its forks, keep in ``folder`` what they measure."""
     measure_kernels, measure_speed = kernels._fastest, throughput.remembered
 
-    def fastest(weights: WeightFormat, device: Device) -> tuple[MakeKernel, float]:
-        path = folder / f"{weights}-{device.type}.json"
+    def fastest(
+        weights: WeightFormat, device: Device, *, exact: bool
+    ) -> tuple[MakeKernel, float] | None:
+        path = folder / f"{weights}-{device.type}-{exact}.json"
         if path.exists():
-            name, seconds = json.loads(path.read_text())
-            return getattr(kernels, name), seconds
-        kernel, seconds = measure_kernels(weights, device)
+            known = json.loads(path.read_text())
+            return known and (getattr(kernels, known[0]), known[1])
+        found = measure_kernels(weights, device, exact=exact)
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            json.dump([getattr(kernel, "__name__"), seconds], file)  # noqa: B009 - a class
+            json.dump(found and [getattr(found[0], "__name__"), found[1]], file)  # noqa: B009 - a class
         Path(file.name).replace(path)
-        return kernel, seconds
+        return found
 
     def remembered(*given: Any, **named: Any) -> Any:
         return measure_speed(*given, **named | {"folder": folder})
