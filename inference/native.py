@@ -225,6 +225,11 @@ def native() -> Native | None:
         return None
 
 
+def native_at_hand() -> Native | None:
+    """``native()``, if that has been asked for before: where nobody can wait for a compiler."""
+    return native() if native.cache_info().currsize else None
+
+
 def open_native() -> Native:
     """The compiled functions. Raises NativeError or OSError where they cannot be had."""
     return Native(open_library())

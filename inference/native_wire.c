@@ -1,12 +1,9 @@
 /* Values in 8 bits, in blocks of 64 with a scale each, as they travel (protocol/tensor.py).
 
-   A row is the scales of its blocks, then its values; the last block may be of fewer than 64. */
-
-#include <omp.h>
+   A row is the scales of its blocks, then its values; the last block may be of fewer than 64. No threads:
+   this is called on the event loop, too, and whoever starts OpenMP's on a second thread slows rounds down. */
 
 #include "native_vectors.h"
-
-#define ALONE (1 << 16) /* values: of fewer, other threads take longer to come than one to do it */
 
 /* From values as integers, -127 to 127, to a byte each. */
 #if LANES == 16
@@ -58,7 +55,6 @@ INLINE void pack_row(const char *from, const enum dtype dtype, ptrdiff_t values,
 /* `rows` of `values` each, of `dtype` (not of weights only), into `to`. */
 void pack_wire(const char *from, int dtype, ptrdiff_t rows, ptrdiff_t values, uint8_t *to) {
     const ptrdiff_t row = values + (values + BLOCK - 1) / BLOCK * (ptrdiff_t)sizeof(float);
-#pragma omp parallel for schedule(static) if (rows * values > ALONE)
     for (ptrdiff_t r = 0; r < rows; r++) {
         uint8_t *own = to + r * row;
         switch (dtype) {
@@ -73,7 +69,6 @@ void pack_wire(const char *from, int dtype, ptrdiff_t rows, ptrdiff_t values, ui
 void unpack_wire(const uint8_t *from, ptrdiff_t rows, ptrdiff_t values, float *to) {
     const ptrdiff_t blocks = (values + BLOCK - 1) / BLOCK;
     const ptrdiff_t row = values + blocks * (ptrdiff_t)sizeof(float);
-#pragma omp parallel for schedule(static) if (rows * values > ALONE)
     for (ptrdiff_t r = 0; r < rows; r++) {
         const uint8_t *scales = from + r * row;
         const int8_t *integers = (const int8_t *)scales + blocks * sizeof(float);

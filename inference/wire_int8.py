@@ -1,19 +1,20 @@
 """Values in 8 bits, in blocks of 64 with a scale each, as they travel (``protocol/tensor.py``).
 
-On the CPU by our own code where it can be had; torch's takes several passes, and several times as long.
+On the CPU by our own code where a model has been loaded with it; torch's takes several passes, and
+several times as long. Either may be called on the event loop: ours uses the one thread that calls it.
 """
 
 import torch
 
 from ..protocol.tensor import BLOCK_VALUES, SCALE_BYTES, DType, scales_of
-from .native import native
+from .native import native_at_hand
 
 
 def pack(tensor: torch.Tensor) -> torch.Tensor:
     """Floating values ``[..., width]`` as uint8 ``[rows, bytes of a row]`` on the CPU."""
     width = tensor.shape[-1]
     values = tensor.reshape(-1, width)
-    library = native() if tensor.device.type == "cpu" else None
+    library = native_at_hand() if tensor.device.type == "cpu" else None
     if library is None:
         return pack_by_torch(values)
     packed = torch.empty((len(values), DType.INT8.row_bytes(width)), dtype=torch.uint8)
@@ -23,7 +24,7 @@ def pack(tensor: torch.Tensor) -> torch.Tensor:
 
 def unpack(raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """What ``pack`` made, uint8 on the CPU, as float32 of ``shape``."""
-    library = native()
+    library = native_at_hand()
     if library is None:
         return unpack_by_torch(raw, shape)
     values = torch.empty(shape)

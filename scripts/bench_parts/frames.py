@@ -8,6 +8,7 @@ from functools import partial
 import msgpack
 import numpy
 import torch
+from petals.inference.native import native
 from petals.inference.tensors import to_torch, to_wire
 from petals.protocol.codec import FrameDecoder, encode, max_rows
 from petals.protocol.frames import Step
@@ -34,6 +35,7 @@ def run(settings: Settings, report: Report, parts: Sequence[str] | None) -> None
     """One row of hidden states, then many, in every wire dtype."""
     if parts:
         raise SystemExit("--part: frames has none")
+    native()  # as a node that has loaded a model
     for dtype in (DType.FLOAT16, DType.FLOAT32, DType.INT8):
         one_step(settings, report, dtype)
     for dtype in (DType.FLOAT16, DType.INT8):
