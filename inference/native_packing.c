@@ -16,31 +16,41 @@ INLINE void fetch(const char *weights, const ptrdiff_t size, ptrdiff_t inputs, p
                count * size);
 }
 
-INLINE void lay_panel(const char *weights, const ptrdiff_t size, ptrdiff_t inputs, ptrdiff_t wide,
+/* Where a feature's bfloat16 is among those of an input: from_words takes neighbours apart. */
+INLINE ptrdiff_t word_of(ptrdiff_t feature) {
+    return feature < LANES ? 2 * feature : 2 * (feature - LANES) + 1;
+}
+
+INLINE void lay_panel(const char *weights, const enum dtype dtype, ptrdiff_t inputs, ptrdiff_t wide,
                       char *data) {
+    const ptrdiff_t size = dtype == INT8 ? 1 : (ptrdiff_t)width(dtype);
     for (ptrdiff_t first = 0; first < inputs; first += CHUNK) {
         const ptrdiff_t count = least(CHUNK, inputs - first);
         char here[PANEL * CHUNK * sizeof(float)] = {0};
         fetch(weights, size, inputs, wide, first, count, here);
         for (ptrdiff_t i = 0; i < count; i++)
-            for (ptrdiff_t feature = 0; feature < PANEL; feature++)
-                memcpy(data + ((first + i) * PANEL + feature) * size,
+            for (ptrdiff_t feature = 0; feature < PANEL; feature++) {
+                const ptrdiff_t place = dtype == BFLOAT16 ? word_of(feature) : feature;
+                memcpy(data + ((first + i) * PANEL + place) * size,
                        here + (feature * CHUNK + i) * size, size);
+            }
     }
 }
 
-/* `weights` [features, inputs] of `size` bytes, into `data` [panels][inputs][PANEL]; made up with 0. */
-void lay_panels(const char *weights, int size, ptrdiff_t features, ptrdiff_t inputs, char *data) {
+/* `weights` [features, inputs], into `data` [panels][inputs][PANEL]; made up with 0. */
+void lay_panels(const char *weights, int dtype, ptrdiff_t features, ptrdiff_t inputs, char *data) {
+    const ptrdiff_t size = dtype == INT8 ? 1 : (ptrdiff_t)width(dtype);
     const ptrdiff_t panels = (features + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static)
     for (ptrdiff_t panel = 0; panel < panels; panel++) {
         const ptrdiff_t wide = least(PANEL, features - panel * PANEL);
         const char *from = weights + panel * PANEL * inputs * size;
         char *to = data + panel * PANEL * inputs * size;
-        switch (size) {
-        case 1: lay_panel(from, 1, inputs, wide, to); break;
-        case 2: lay_panel(from, 2, inputs, wide, to); break;
-        default: lay_panel(from, 4, inputs, wide, to);
+        switch (dtype) {
+        case INT8: lay_panel(from, INT8, inputs, wide, to); break;
+        case FLOAT16: lay_panel(from, FLOAT16, inputs, wide, to); break;
+        case BFLOAT16: lay_panel(from, BFLOAT16, inputs, wide, to); break;
+        default: lay_panel(from, FLOAT32, inputs, wide, to);
         }
     }
 }
@@ -149,7 +159,7 @@ void pack_twelve(const uint16_t *weights, ptrdiff_t features, ptrdiff_t inputs,
                 seen |= split_up(codes, here[j + LANES][i], &fractions[k + 1], &own[k + 1]);
             }
             for (ptrdiff_t feature = 0; seen & NONE && feature < PANEL; feature++) {
-                const ptrdiff_t k = feature < LANES ? 2 * feature : 2 * (feature - LANES) + 1;
+                const ptrdiff_t k = word_of(feature);
                 if (own[k] != NONE) continue;
                 const uint32_t bits = (uint32_t)here[feature][i] << 16;
                 places[next] = (int32_t)(input * PANEL + feature);

@@ -5,7 +5,8 @@
 
    Weights are packed in panels: PANEL output features, all inputs, feature by feature within one
    input. Walking through a panel reads memory in order, and a vector holds neighbouring features,
-   so nothing has to be summed across a vector. Weights of 8 and of 4 bits have scales, one for a
+   so nothing has to be summed across a vector. (Of bfloat16, two that are neighbours there lie LANES
+   apart in the panel.) Weights of 8 and of 4 bits have scales, one for a
    feature and a group of inputs: they scale the sum of the group. Those of 12 bits are bfloat16, without
    loss (twelve_bits.py): the few that do not fit are 0 there, and are added one by one. */
 
@@ -62,12 +63,13 @@ INLINE ptrdiff_t panel_row(enum dtype dtype) {
 }
 
 /* Those of the `at`-th input of a unit. */
-INLINE struct pair load_weights(const char *p, const enum dtype dtype, const uint8_t *exponents,
+INLINE struct pair load_weights(const char *p, const enum dtype dtype, table exponents,
                                 const int at) {
     switch (dtype) {
 #ifdef TWELVE_BITS
-    case TWELVE: return from_twelve((const uint8_t *)p, exponents);
+    case TWELVE: return from_words(from_twelve((const uint8_t *)p, exponents));
 #endif
+    case BFLOAT16: return from_words(LOAD_WORDS(p));
     case NF4: {
         const uint32_t *words = (const uint32_t *)p;
         return (struct pair){from_nibbles(words, 4 * at, LEVELS),
@@ -94,7 +96,7 @@ struct part {
     ptrdiff_t group;       /* ... and of one */
     ptrdiff_t left;        /* inputs from here to the end of the panel */
     const char *ahead;     /* what the memory is asked for while these weights are read ... */
-    int spread;            /* ... and at which part of their speed: 1 / 2^spread */
+    ptrdiff_t asked_row;   /* ... bytes for each input */
     float *out;            /* [rows, features] */
     ptrdiff_t features;
 };
@@ -102,10 +104,10 @@ struct part {
 /* What the `at`-th input of a unit adds to the sums. */
 INLINE void add_input(const struct part *part, const char *weights, const float *x, const int rows,
                       const int panels, const enum dtype dtype, const int at,
-                      vec sums[MOST_TOGETHER][2][MAX_TILE]) {
+                      const table *exponents, vec sums[MOST_TOGETHER][2][MAX_TILE]) {
     UNROLL for (int p = 0; p < panels; p++) {
-        const struct pair pair = load_weights(weights + p * part->panel_size, dtype,
-                                              part->exponents + p * EXPONENTS, at);
+        const struct pair pair =
+            load_weights(weights + p * part->panel_size, dtype, exponents[p], at);
         UNROLL for (int r = 0; r < rows; r++) {
             const vec value = SET(x[r]);
             sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
@@ -119,11 +121,17 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
                  const enum dtype dtype) {
     const int scaled = dtype == INT8 || dtype == NF4;
     const ptrdiff_t row_bytes = panel_row(dtype), panel_size = part->panel_size;
-    const ptrdiff_t count = part->count, asked_row = row_bytes >> part->spread;
+    const ptrdiff_t count = part->count, asked_row = part->asked_row;
     /* Behind the end of these panels, the next ones are read: those behind the last of these. */
     const int at_once = unit(dtype);
     const ptrdiff_t inside =
         between(0, (part->left - AHEAD / row_bytes) / at_once * at_once, count);
+    table exponents[MOST_TOGETHER] = {0};
+#ifdef TWELVE_BITS
+    if (dtype == TWELVE)
+        UNROLL for (int p = 0; p < panels; p++)
+            exponents[p] = load_table(part->exponents + p * EXPONENTS);
+#endif
     const char *weights = part->weights;
     const float *x = part->rows, *scales = part->scales;
     ptrdiff_t i = 0;
@@ -145,12 +153,12 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
                     UNROLL for (ptrdiff_t line = 0; line < at_once * row_bytes; line += LINE)
                         _mm_prefetch(asked + p * panel_size + line, _MM_HINT_T0);
                 UNROLL for (int at = 0; at < at_once; at++, x += rows)
-                    add_input(part, weights, x, rows, panels, dtype, at, sums);
+                    add_input(part, weights, x, rows, panels, dtype, at, exponents, sums);
                 weights += at_once * row_bytes;
                 asked += at_once * asked_row;
             }
             for (int at = 0; i < stop; i++, at++, x += rows) /* the last unit, not whole */
-                add_input(part, weights, x, rows, panels, dtype, at, sums);
+                add_input(part, weights, x, rows, panels, dtype, at, exponents, sums);
         }
         UNROLL for (int p = 0; p < panels; p++)
             UNROLL for (int v = 0; v < 2; v++)
@@ -242,6 +250,18 @@ struct product {
     float *out;
 };
 
+/* Weights of 12 bits of a panel, `count` inputs, as bfloat16. */
+static void expand(const char *from, ptrdiff_t count, const uint8_t *exponents, char *to) {
+#ifdef TWELVE_BITS
+    const table own = load_table(exponents);
+    for (ptrdiff_t i = 0; i < count; i++)
+        STORE_WORDS(to + i * PANEL * 2,
+                    from_twelve((const uint8_t *)from + i * (PANEL + LANES), own));
+#else
+    (void)from, (void)count, (void)exponents, (void)to;
+#endif
+}
+
 /* What the weights of a panel that do not fit 12 bits add to all rows' sums, which are `wide` apart. */
 static void add_others(const struct product *product, ptrdiff_t panel, float *sums, ptrdiff_t wide) {
     const struct matrix *matrix = product->matrix;
@@ -271,6 +291,9 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
        never idle, each of them asks for its part of the next DEPTH. */
     const ptrdiff_t ahead = tiles < 2 ? AHEAD : DEPTH * row_bytes;
     const int spread = tiles < 2 ? 0 : tiles < 4 ? 1 : tiles < 8 ? 2 : 3;
+    /* For many tiles, 12 bits become 16 once; such tiles go through one panel. */
+    const int expanded = matrix->dtype == TWELVE && tiles > 2;
+    _Alignas(LINE) char words[DEPTH * PANEL * 2];
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t f = 0; f < wide; f++)
             sums[r * wide + f] = bias ? bias[panel * PANEL + f] : 0.0f;
@@ -279,7 +302,7 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
             const ptrdiff_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
             const ptrdiff_t end = least(depth + DEPTH, inputs);
             const ptrdiff_t asked = depth + ((end - depth) * (t & ((1 << spread) - 1)) >> spread);
-            const struct part part = {
+            struct part part = {
                 .weights = weights + depth * row_bytes,
                 .panel_size = panel_size,
                 .scales = matrix->scales + (group ? panel * groups + depth / group : 0) * PANEL,
@@ -291,11 +314,17 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
                 .group = group,
                 .left = inputs - depth,
                 .ahead = weights + ahead + asked * row_bytes,
-                .spread = spread,
+                .asked_row = row_bytes >> spread,
                 .out = sums + first * wide,
                 .features = wide,
             };
-            any_tile(&part, (int)(last - first), some, matrix->dtype);
+            enum dtype dtype = matrix->dtype;
+            if (expanded) {
+                if (t == 0) expand(part.weights, part.count, part.exponents, words);
+                part.weights = words;
+                dtype = BFLOAT16;
+            }
+            any_tile(&part, (int)(last - first), some, dtype);
         }
     if (matrix->dtype == TWELVE)
         for (int p = 0; p < some; p++)

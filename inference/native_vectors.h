@@ -49,24 +49,34 @@ INLINE vec from_nibbles(const uint32_t *p, int shift, const float *levels) {
     const __m512i index = _mm512_srli_epi32(_mm512_loadu_si512(p), shift);
     return _mm512_permutexvar_ps(index, LOAD(levels)); /* by its lowest four bits */
 }
+/* 2 * LANES bfloat16 of weights: of two neighbours, one belongs to `left` and one to `right`, as both
+   are the upper half of a float then, and the lower half of the other's word of 32 bits is 0 or not. */
+typedef __m512i words;
+#define LOAD_WORDS _mm512_loadu_si512
+#define STORE_WORDS _mm512_storeu_si512
+INLINE struct pair from_words(words both) {
+    return (struct pair){
+        _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+        _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)))};
+}
+typedef __m512i table;
 #if defined(__AVX512BW__)
 #define TWELVE_BITS 1
-/* 2 * LANES bfloat16 in 12 bits each: signs and fractions, a byte for each, then codes of exponents, two
-   in a byte. The k-th of them and the one LANES behind it share a byte of codes; what is at 2j becomes
-   `left` j, what is at 2j + 1 `right` j: words of 16 bits are the halves of floats that are 0 else. */
-INLINE struct pair from_twelve(const uint8_t *p, const uint8_t *exponents) {
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)exponents));
-    const __m512i all = _mm512_slli_epi16(_mm512_cvtepu8_epi16(table), 7);
+/* Of 16 exponents, twice, where a float's upper half has them. */
+INLINE table load_table(const uint8_t *exponents) {
+    const __m128i once = _mm_loadu_si128((const __m128i *)exponents);
+    return _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(once)), 7);
+}
+/* The same out of 12 bits each: signs and fractions, a byte for each, then codes of exponents, two in a
+   byte: those of the k-th and of the one LANES behind it. */
+INLINE words from_twelve(const uint8_t *p, table exponents) {
     const __m512i fractions = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
     const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(p + 32)));
     const __m512i places = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-    /* an index counts in its lowest five bits only, and the table is there twice */
+    /* an index counts in its lowest five bits only */
     const __m512i codes = _mm512_srlv_epi16(_mm512_cvtepu8_epi16(bytes), places);
-    const __m512i words = _mm512_ternarylogic_epi32(fractions, _mm512_set1_epi16((short)0x807f),
-                                                    _mm512_permutexvar_epi16(codes, all), 0xea);
-    return (struct pair){
-        _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
-        _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)))};
+    return _mm512_ternarylogic_epi32(fractions, _mm512_set1_epi16((short)0x807f),
+                                     _mm512_permutexvar_epi16(codes, exponents), 0xea);
 }
 #endif
 INLINE vec power_of_two(vec whole) {
@@ -116,20 +126,29 @@ INLINE vec from_nibbles(const uint32_t *p, int shift, const float *levels) {
     const vec high = _mm256_permutevar8x32_ps(LOAD(levels + LANES), index);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
-#define TWELVE_BITS 1
 /* As with AVX-512. */
-INLINE struct pair from_twelve(const uint8_t *p, const uint8_t *exponents) {
-    const __m128i all = _mm_loadu_si128((const __m128i *)exponents), low = _mm_set1_epi8(15);
+typedef __m256i words;
+#define LOAD_WORDS(p) _mm256_loadu_si256((const __m256i *)(p))
+#define STORE_WORDS(p, both) _mm256_storeu_si256((__m256i *)(p), both)
+INLINE struct pair from_words(words both) {
+    return (struct pair){
+        _mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
+        _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000)))};
+}
+#define TWELVE_BITS 1
+typedef __m128i table;
+INLINE table load_table(const uint8_t *exponents) {
+    return _mm_loadu_si128((const __m128i *)exponents);
+}
+INLINE words from_twelve(const uint8_t *p, table exponents) {
+    const __m128i low = _mm_set1_epi8(15);
     const __m128i bytes = _mm_loadl_epi64((const __m128i *)(p + 16));
     const __m128i codes = _mm_unpacklo_epi64(_mm_and_si128(bytes, low),
                                              _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
-    const __m256i high = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(all, codes));
+    const __m256i high = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(exponents, codes));
     const __m256i fractions = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
-    const __m256i words = _mm256_or_si256(
-        _mm256_and_si256(fractions, _mm256_set1_epi16((short)0x807f)), _mm256_slli_epi16(high, 7));
-    return (struct pair){
-        _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)),
-        _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)))};
+    return _mm256_or_si256(_mm256_and_si256(fractions, _mm256_set1_epi16((short)0x807f)),
+                           _mm256_slli_epi16(high, 7));
 }
 INLINE vec power_of_two(vec whole) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));

@@ -128,6 +128,30 @@ def some_panels(parts: Sequence[PackedMatrix], numbers: Sequence[int]) -> Packed
     return PackedMatrix(features, inputs, features, torch.stack(data), exponents=exponents)
 
 
+def unpacked(matrix: PackedMatrix, first: int, last: int) -> torch.Tensor:
+    """What panels ``first`` to ``last - 1`` of a matrix without scales hold, float32 ``[panels, in, panel]``."""
+    data, own, panel = matrix.data[first:last], matrix.exponents, matrix.panel
+    if own is None:
+        return _in_order(data.float()) if data.dtype == torch.bfloat16 else data.float()
+    # As from_twelve of native_vectors.h does it.
+    halves = data[:, :, panel:]
+    codes = torch.cat([halves & 15, halves >> 4], dim=2).view(len(data), -1)
+    frequent = own.frequent[first:last].gather(1, codes.long()).view(len(data), -1, panel)
+    fractions = data[:, :, :panel].int()
+    words = (fractions & 0x80) << 8 | (fractions & 0x7F) | frequent.int() << 7
+    weights = _in_order((words << 16).view(torch.float32))
+    for number in range(first, last):
+        begin, stop = own.firsts[number : number + 2].tolist()
+        weights[number - first].view(-1)[own.places[begin:stop].long()] = own.others[begin:stop]
+    return weights
+
+
+def _in_order(weights: torch.Tensor) -> torch.Tensor:
+    """bfloat16 neighbours in a panel ``[panels, in, panel]`` are half a panel apart."""
+    panels, inputs, panel = weights.shape
+    return weights.view(panels, inputs, panel // 2, 2).transpose(2, 3).reshape(weights.shape)
+
+
 def mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros in memory of their own, in huge pages where there are any.
 

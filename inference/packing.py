@@ -99,8 +99,8 @@ class Packer:
             self._lay_nibbles(weight.data_ptr(), features, inputs, data.data_ptr())
         else:
             data = mapped_zeros((panels, inputs, panel), weight.dtype)
-            begin, size = weight.data_ptr(), weight.itemsize
-            self._lay_panels(begin, size, features, inputs, data.data_ptr())
+            begin, dtype = weight.data_ptr(), NATIVE_DTYPES[weight.dtype]
+            self._lay_panels(begin, dtype, features, inputs, data.data_ptr())
         if scales is not None:
             padded = F.pad(scales, (0, 0, 0, panels * panel - features))
             scales = padded.view(panels, panel, -1).transpose(1, 2).contiguous()

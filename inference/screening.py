@@ -19,8 +19,7 @@ from .device import free_memory
 from .kernels import NativeFloat, NativeHalf, NativeTwelve
 from .linear import Linear
 from .native import Native, native
-from .packed import PackedMatrix, mapped_zeros, some_panels
-from .twelve_bits import unpacked
+from .packed import PackedMatrix, mapped_zeros, some_panels, unpacked
 
 _LEAST_WEIGHTS = 1 << 20
 """Below, what is saved is not worth the bookkeeping."""

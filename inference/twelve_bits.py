@@ -62,22 +62,3 @@ class TwelveBits:
             exponents.others.data_ptr(),
         )
         return PackedMatrix(features, inputs, panels * panel, data, exponents=exponents)
-
-
-def unpacked(matrix: PackedMatrix, first: int, last: int) -> torch.Tensor:
-    """What panels ``first`` to ``last - 1`` of a matrix without scales hold, float32 ``[panels, in, panel]``."""
-    data, own, panel = matrix.data[first:last], matrix.exponents, matrix.panel
-    if own is None:
-        return data.float()
-    # As from_twelve of native_vectors.h does it.
-    halves = data[:, :, panel:]
-    codes = torch.cat([halves & 15, halves >> 4], dim=2).view(len(data), -1)
-    frequent = own.frequent[first:last].gather(1, codes.long()).view(len(data), -1, panel)
-    fractions = data[:, :, :panel].int()
-    words = (fractions & 0x80) << 8 | (fractions & 0x7F) | frequent.int() << 7
-    weights = (words << 16).view(torch.float32)
-    weights = weights.view(*weights.shape[:2], panel // 2, 2).transpose(2, 3).reshape(weights.shape)
-    for number in range(first, last):
-        begin, stop = own.firsts[number : number + 2].tolist()
-        weights[number - first].view(-1)[own.places[begin:stop].long()] = own.others[begin:stop]
-    return weights

@@ -11,8 +11,7 @@ from petals.inference import linear, twelve_bits
 from petals.inference.kernels import NativeHalf, NativeKernel, WeightFormat
 from petals.inference.linear import pack_linear
 from petals.inference.native import Native, native
-from petals.inference.packed import some_panels
-from petals.inference.twelve_bits import unpacked
+from petals.inference.packed import some_panels, unpacked
 
 NUMBERS = (0.0, -0.0, 1e-40, -3e38, 1e30, math.inf, math.nan)
 """Of exponents that normal weights don't have."""
@@ -108,6 +107,8 @@ def test_three_quarters_of_the_memory_unless_that_would_lose_something(library: 
     assert [each.data.nbytes / weight.nbytes for each in packed] == [0.75, 1.0, 1.0]
     assert [each.data.dtype for each in packed[1:]] == [torch.bfloat16, torch.float16]
     assert library.packer.pack_twelve(weight.half()) is None
+    again = unpacked(packed[1], 0, len(packed[1].data)).transpose(1, 2).reshape(256, 1000)
+    assert torch.equal(again, everywhere.float()), "of 16 bits, what is held can be read, too"
 
 
 def held(matrix: torch.Tensor) -> NativeKernel:
