@@ -6,9 +6,9 @@
    Weights are packed in panels: PANEL output features, all inputs, feature by feature within one
    input. Walking through a panel reads memory in order, and a vector holds neighbouring features,
    so nothing has to be summed across a vector. (Of bfloat16, two that are neighbours there lie LANES
-   apart in the panel.) Weights of 8 and of 4 bits have scales, one for a
-   feature and a group of inputs: they scale the sum of the group. Those of 12 bits are bfloat16, without
-   loss (twelve_bits.py): the few that do not fit are 0 there, and are added one by one. */
+   apart in the panel.) Weights of 8 and of 4 bits have scales, one for a feature and a group of inputs:
+   they scale the sum of the group. Those of 12 bits are bfloat16, without loss (twelve_bits.py): the few
+   that do not fit are 0 there, and are added one by one. */
 
 #include <omp.h>
 #include <stdatomic.h>
@@ -96,7 +96,7 @@ struct part {
     ptrdiff_t group;       /* ... and of one */
     ptrdiff_t left;        /* inputs from here to the end of the panel */
     const char *ahead;     /* what the memory is asked for while these weights are read ... */
-    ptrdiff_t asked_row;   /* ... bytes for each input */
+    ptrdiff_t asked_row;   /* ... so many bytes for each input */
     float *out;            /* [rows, features] */
     ptrdiff_t features;
 };

@@ -64,7 +64,7 @@ class Packer:
         return Int8Weights(integers, scales)
 
     def nearest_nf4(self, weight: torch.Tensor) -> Nf4Weights:
-        """``Nf4Weights.nearest``, likewise."""
+        """The nearest of NF4's levels, for the greatest magnitude of each group as its scale."""
         weight, between = weight.contiguous(), nf4_between()
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         scales = torch.empty((len(weight), -(-weight.shape[1] // NF4_GROUP)))

@@ -50,15 +50,3 @@ class Nf4Weights:
     scales: torch.Tensor
     """``[out, in / group]``, made up to a whole group; float32."""
     group: int = NF4_GROUP
-
-    @classmethod
-    def nearest(cls, weight: torch.Tensor) -> "Nf4Weights":
-        """``weight`` ``[out, in]`` of any floating dtype."""
-        out_features, in_features = weight.shape
-        missing = -in_features % NF4_GROUP
-        groups = torch.nn.functional.pad(weight.float(), (0, missing))
-        groups = groups.view(out_features, -1, NF4_GROUP)
-        scales = groups.abs().amax(dim=2).clamp_(min=_TINY)
-        codes = torch.bucketize(groups / scales[:, :, None], nf4_between(), out_int32=True)
-        codes = codes.to(torch.uint8).view(out_features, -1)[:, :in_features]
-        return cls(codes, scales)

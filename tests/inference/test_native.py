@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from petals.inference.lanes import CachedLanes, DecodingRows, lane_memory
 from petals.inference.native import Native, native, open_native
-from petals.inference.quantizing import NF4_GROUP, NF4_LEVELS, Int8Weights, Nf4Weights
+from petals.inference.quantizing import NF4_GROUP, NF4_LEVELS, Int8Weights
+from support.rounding import nearest_nf4
 from torch.nn import functional as F
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -126,7 +127,7 @@ def test_rows_times_a_matrix_of_few_bits(
     weight = normal(features, inputs) / math.sqrt(inputs)
     weight[0] = 0.0
     if four_bits:
-        few = Nf4Weights.nearest(weight)
+        few = nearest_nf4(weight)
         packed = library.packer.pack_nf4(few)
         scales = few.scales.repeat_interleave(NF4_GROUP, dim=1)[:, :inputs]
         stands_for = torch.tensor(NF4_LEVELS)[few.codes.int()] * scales
@@ -158,8 +159,8 @@ def test_rounding_to_few_bits_is_that_of_torch(
     eight, four = library.packer.nearest_int8(weight), library.packer.nearest_nf4(weight)
     assert torch.equal(eight.integers, Int8Weights.nearest(weight).integers)
     assert torch.equal(eight.scales, Int8Weights.nearest(weight).scales)
-    assert torch.equal(four.codes, Nf4Weights.nearest(weight).codes)
-    assert torch.equal(four.scales, Nf4Weights.nearest(weight).scales)
+    assert torch.equal(four.codes, nearest_nf4(weight).codes)
+    assert torch.equal(four.scales, nearest_nf4(weight).scales)
 
 
 @given(
