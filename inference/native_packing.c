@@ -4,8 +4,6 @@
 
 #include "native_vectors.h"
 
-#define PANEL (2 * LANES)
-#define EXPONENTS 16
 #define CHUNK 64 /* inputs at once: features may lie so far apart that they drive each other from a cache */
 
 /* `count` inputs, from `first` on, of `wide` features of `size` bytes: [PANEL][CHUNK], here. */

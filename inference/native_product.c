@@ -27,11 +27,9 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
     return value < low ? low : least(value, high);
 }
 
-#define PANEL (2 * LANES)
 #define MOST_TOGETHER (MAX_TILE < 8 ? 4 : 8) /* panels that are walked through side by side */
 #define DEPTH 256 /* inputs at once: a panel's part of them is near when the next tile wants it */
 #define BLOCK_ROWS (8 * MAX_TILE)
-#define EXPONENTS 16 /* that weights of a panel may have in 12 bits */
 #define AHEAD 8192 /* bytes: two pages, so that addresses are looked up in time, too */
 
 ptrdiff_t panel_features(void) { return PANEL; }

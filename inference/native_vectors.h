@@ -158,6 +158,9 @@ INLINE vec power_of_two(vec whole) {
 #error "neither AVX-512 nor AVX2 with FMA and F16C"
 #endif
 
+#define PANEL (2 * LANES) /* output features that a matrix holds together */
+#define EXPONENTS 16      /* that weights of a panel may have in 12 bits */
+
 enum dtype { FLOAT32, FLOAT16, BFLOAT16, INT8, NF4, TWELVE }; /* the last three of weights only */
 
 INLINE size_t width(enum dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }

@@ -21,6 +21,8 @@ NATIVE_DTYPES = {
     torch.uint8: 4,
 }
 """``enum dtype``; NF4 are unsigned bytes here."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What our code reads; other floating dtypes become float32 first."""
 _TWELVE_BITS = 5
 """``TWELVE``."""
 _LARGE = 1 << 22
@@ -58,6 +60,12 @@ class Exponents:
     """``[others]``, int32: in its panel, ascending."""
     others: torch.Tensor
     """``[others]``, float32: the weights that have other exponents."""
+
+    @functools.cached_property
+    def bounds(self) -> list[int]:
+        """``firsts``, for Python: a screened head asks for some panels at every token."""
+        bounds: list[int] = self.firsts.tolist()
+        return bounds
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def some_panels(parts: Sequence[PackedMatrix], numbers: Sequence[int]) -> Packed
         for at in [number - first for number in numbers if first <= number < end]:
             data.append(part.data[at])
             if own is not None:
-                begin, stop = own.firsts[at : at + 2].tolist()
+                begin, stop = own.bounds[at : at + 2]
                 frequent.append(own.frequent[at])
                 places.append(own.places[begin:stop])
                 others.append(own.others[begin:stop])
@@ -141,7 +149,7 @@ def unpacked(matrix: PackedMatrix, first: int, last: int) -> torch.Tensor:
     words = (fractions & 0x80) << 8 | (fractions & 0x7F) | frequent.int() << 7
     weights = _in_order((words << 16).view(torch.float32))
     for number in range(first, last):
-        begin, stop = own.firsts[number : number + 2].tolist()
+        begin, stop = own.bounds[number : number + 2]
         weights[number - first].view(-1)[own.places[begin:stop].long()] = own.others[begin:stop]
     return weights
 

@@ -8,6 +8,7 @@ import torch
 
 from ..protocol.tensor import BLOCK_VALUES, SCALE_BYTES, DType, scales_of
 from .native import native_at_hand
+from .packed import FLOATS
 
 
 def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -17,6 +18,8 @@ def pack(tensor: torch.Tensor) -> torch.Tensor:
     library = native_at_hand() if tensor.device.type == "cpu" else None
     if library is None:
         return pack_by_torch(values)
+    if values.dtype not in FLOATS:
+        values = values.float()
     packed = torch.empty((len(values), DType.INT8.row_bytes(width)), dtype=torch.uint8)
     library.pack_wire(values, packed)
     return packed

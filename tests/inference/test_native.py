@@ -147,7 +147,7 @@ def test_rows_times_a_matrix_of_few_bits(
 @given(
     features=st.integers(1, 40),
     inputs=st.sampled_from([1, 63, 64, 65, 1000]),
-    dtype=st.sampled_from((torch.float32, *HALVES)),
+    dtype=st.sampled_from((torch.float64, torch.float32, *HALVES)),
     spread=st.sampled_from([0.0, 3.0]),
 )
 def test_rounding_to_few_bits_is_that_of_torch(

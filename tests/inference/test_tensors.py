@@ -82,7 +82,7 @@ def test_int8_is_near(shape: tuple[int, ...], offset: int, seed: int) -> None:
 
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 300)),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 1000),
     bad=st.sampled_from([None, math.inf, -math.inf, math.nan]),
 )
