@@ -10,6 +10,7 @@ import torch
 from petals.inference.attention import LaneRows
 from petals.inference.cache import LaneCache
 from petals.inference.checkpoint import Checkpoint, open_checkpoint
+from petals.inference.native import native
 from petals.inference.pace import Pace
 from petals.inference.sampling import SamplingParams
 from petals.protocol.span import Span
@@ -169,6 +170,17 @@ def test_slow_but_exact_configs_run_on_the_plain_path(tmp_path: Path) -> None:
     with serving(checkpoint, Span(0, 5)) as engines:
         tokens = generate(engines, checkpoint.load_ends(), PROMPTS, GREEDY)
     assert tokens == reference_tokens(tiny_bloom(), PROMPTS, 16)
+
+
+@pytest.mark.skipif(native() is None, reason="our kernels cannot be had on this machine")
+def test_a_checkpoint_in_bfloat16_gives_the_text_of_float32(tmp_path: Path) -> None:
+    """By default, though its weights are held in 12 bits."""
+    model = tiny_bloom().bfloat16()
+    checkpoint = open_checkpoint(save_bloom(tmp_path, model))
+    assert checkpoint.precision().name == "float32"
+    with serving(checkpoint, Span(0, 2), Span(2, 5)) as engines:
+        tokens = generate(engines, checkpoint.load_ends(), PROMPTS, GREEDY)
+    assert tokens == reference_tokens(model.float(), PROMPTS, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
