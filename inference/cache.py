@@ -89,6 +89,10 @@ class LaneCache:
                 yield
         self.length = length
 
+    def change_places(self, other: "LaneCache") -> None:
+        """Each has what the other had reserved: they change sessions, with their memory."""
+        self._max_tokens, other._max_tokens = other._max_tokens, self._max_tokens
+
     def become(self, other: "LaneCache") -> None:
         """Hold what ``other`` holds, in the memory that is here."""
         self.length = 0
@@ -104,8 +108,9 @@ class LaneCache:
         Yields after about every ``at_once`` bytes copied.
         """
         copied = 0
-        for block, (keys, values) in list(self._blocks.items()):
-            if keys.shape[1] <= _capacity(block, self.length, self._max_tokens):
+        for block in list(self._blocks):
+            keys, values = self._blocks[block]  # as they are now: rounds may have run in between
+            if keys.shape[1] <= _capacity(_STAGGERED - 1, self.length, self._max_tokens):
                 continue
             kept = slice(0, self.length)
             with torch.inference_mode():
@@ -257,6 +262,18 @@ class SessionCache:
         for lane, source, skipped in zip(self.lanes, other.lanes, self.padding, strict=True):
             yield from lane.copy_from(source, max(0, position - skipped), at_once)
         self.position = position
+
+    def take(self, other: "SessionCache", position: int) -> None:
+        """Hold what ``other``, with the same padding, holds before ``position``, in its memory.
+
+        Needs an empty session; leaves ``other`` so.
+        """
+        for lane, taken in zip(self.lanes, other.lanes, strict=True):
+            lane.change_places(taken)
+        self.lanes, other.lanes = other.lanes, self.lanes
+        self.advance(position)
+        self.expect(position)
+        other.truncate(0)
 
     def shrink(self, at_once: int) -> Generator[None, None, None]:
         """Give back memory that holds no tokens, where it is much; yields as ``copy_from`` does."""

@@ -174,8 +174,9 @@ class Engine:
         """Let a session that has had no step yet begin with rows that are here already.
 
         ``keys[j - 1]`` is the key of ``PREFIX_ROWS * j`` positions; the longest that is known
-        counts. The rows are copied; outputs are those that their first session was given, in
-        ``wire_dtype``, through ``span``.
+        counts. The rows are copied, or taken over from a session that has ended and left no more of
+        them; outputs are those that their first session was given, in ``wire_dtype``, through
+        ``span``.
 
         Never raises; the future gives position 0 where there is nothing to begin with (also if the
         session is closed first), and has a LocalProtocolError for an unknown session.
@@ -426,18 +427,23 @@ class Engine:
     ) -> Generator[None, None, Restored]:
         nothing = Restored(0, None)
         rows = session.shared
-        if rows is None:
+        if rows is None or not rows.fresh:
             return nothing
         with self._lock:
             found = self._prefixes.find(keys[: session.cache.max_tokens // PREFIX_ROWS])
-        if found is None:
-            return nothing
-        source, position = found
-        if (source.span, source.wire_dtype) != (span, wire_dtype):
-            return nothing
-        outputs = yield from rows.take_from(source, position)
-        if outputs is None:
-            return nothing
+            if found is None or session.closed:
+                return nothing
+            source, position = found
+            if (source.span, source.wire_dtype) != (span, wire_dtype):
+                return nothing
+            given_up = self._prefixes.give_up(source, position)
+        if given_up:
+            outputs = rows.take_over(source, position)
+        else:
+            copied = yield from rows.take_from(source, position)
+            if copied is None:
+                return nothing
+            outputs = copied
         session.span = span
         with self._lock:
             if not session.closed:

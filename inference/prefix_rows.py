@@ -38,6 +38,11 @@ class PrefixRows:
         """Rows whose outputs are here."""
         return 0 if self._outputs is None else self._outputs.end
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the session has had no step, and no rows of others: it may begin with some."""
+        return not self._steps and not self._restoring
+
     def append(self, position: int, outputs: WireTensor, span: Span) -> bool:
         """Add the outputs ``[1, rows, hidden]`` of a step at ``position``; the bytes are kept.
 
@@ -65,13 +70,11 @@ class PrefixRows:
     ) -> Generator[None, None, WireTensor | None]:
         """Copy the first ``length`` rows of ``source``; gives their outputs [1, length, hidden].
 
-        Needs that many rows there. Yields between pieces of the work, so that rounds can run. None,
-        and nothing is copied, if this session has or begins a step, is restored from elsewhere, or
+        Needs that many rows there, and a ``fresh`` session here. Yields between pieces of the work,
+        so that rounds can run. None, and nothing is copied, if this session begins a step, or
         ``source`` is cut meanwhile.
         """
-        assert source._outputs is not None and source.span is not None
-        if self._steps or self._restoring:
-            return None
+        assert self.fresh and source._outputs is not None and source.span is not None
         self._restoring = True
         span, cuts = source.span, source._cuts
         outputs = source._outputs.read(0, length)
@@ -81,6 +84,21 @@ class PrefixRows:
                 return None
         self.append(0, outputs, span)
         return outputs
+
+    def take_over(self, source: "PrefixRows", length: int) -> WireTensor:
+        """Hold the first ``length`` rows of ``source``, in its memory: nothing is left there.
+
+        Gives their outputs [1, length, hidden]. Needs that many rows there, of a session that has
+        ended, and a ``fresh`` session here.
+        """
+        assert self.fresh and source._outputs is not None
+        self._restoring = True
+        source._cuts += 1
+        self._cache.take(source._cache, length)
+        self._outputs, source._outputs = source._outputs, None
+        self._outputs.truncate(length)
+        self.span, self.wire_dtype = source.span, source.wire_dtype
+        return self._outputs.read(0, length)
 
     def keep(self, length: int) -> Generator[None, None, None]:
         """The session has ended: drop all but the first ``length`` rows, and their memory.

@@ -83,6 +83,16 @@ class PrefixStore(Generic[H]):
         self.tokens += tokens
         return True
 
+    def give_up(self, holder: H, position: int) -> bool:
+        """Forget ``holder`` if it is retained and has no more than ``position`` rows.
+
+        So whoever has found it may have its rows, and needs no copy.
+        """
+        if holder not in self._retained or self.labelled(holder) > position:
+            return False
+        self.forget(holder)
+        return True
+
     def shrink(self, room: int) -> None:
         """Forget retained holders, the least recently used first, until they fit ``room``."""
         while self.tokens > room:

@@ -2,13 +2,14 @@
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from petals.inference.cache import SessionCache
 from petals.inference.checkpoint import Checkpoint, open_checkpoint
 from petals.inference.engine import Engine, Restored
 from petals.inference.model import Ends
@@ -175,6 +176,36 @@ def test_a_live_session_shares_its_rows_and_goes_on(engine: Engine, ends: Ends) 
     steps = [hop.submit([*PROMPT, 7], 150, row).result(timeout=60) for hop in (live, other)]
     torch.testing.assert_close(to_torch(steps[0]), to_torch(steps[1]), rtol=1e-4, atol=1e-5)
     assert engine.statistics().prefix_tokens == 0, "nothing of it is retained"
+
+
+def test_what_nobody_else_needs_is_taken_over_and_not_copied(
+    engine: Engine, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = []
+    copy_from = SessionCache.copy_from
+
+    def count(own: SessionCache, *arguments: Any) -> Generator[None, None, None]:
+        copied.append(own)
+        return copy_from(own, *arguments)
+
+    monkeypatch.setattr(SessionCache, "copy_from", count)
+    expected = reference_tokens(tiny_bloom(), [PROMPT], 1)[0]
+    for number in range(3):  # the first makes the rows, the next two get them
+        tokens, (begun,), _ = generate([engine], ends, b"s", PROMPT, 1)
+        assert tokens == expected
+        assert begun.position == (128 if number else 0)
+        assert engine.statistics().prefix_tokens == 128
+    assert copied == []
+    holders = [Hop(engine, name) for name in (b"first", b"second")]
+    assert [hop.restored(PROMPT).position for hop in holders] == [128, 128]
+    assert len(copied) == 1, "the second from the first, which lives"
+    for hop in holders:
+        hop.close()
+    assert engine.statistics().prefix_tokens == 128
+    generate([engine], ends, b"short", PROMPT[:70], 1)
+    assert len(copied) == 2, "there are more rows than that"
+    assert Hop(engine, b"again").restored(PROMPT).position == 128
+    assert len(copied) == 2
 
 
 def test_what_is_not_a_hit(engine: Engine, ends: Ends) -> None:

@@ -8,6 +8,7 @@ from petals.inference import prefix_rows
 from petals.inference.cache import CacheShape, SessionCache
 from petals.inference.prefix_rows import PrefixRows
 from petals.inference.tensors import to_wire
+from petals.protocol.errors import LocalProtocolError
 from petals.protocol.span import Span
 from petals.protocol.tensor import DType, WireTensor
 
@@ -116,19 +117,61 @@ def test_a_session_that_begins_meanwhile_is_left_alone(slices: None) -> None:
     other.step(0, 5, shift=0)
     assert finish(copying) is None
     assert other.cached() == expected(5)
-    assert finish(other.rows.take_from(source.rows, 64)) is None
-    assert other.cached() == expected(5)
+    assert not other.rows.fresh
 
 
-def test_a_second_copy_into_a_session_does_nothing(slices: None) -> None:
-    source, wrong, other = World(), World(), World()
+def test_a_session_is_fresh_until_it_begins_or_is_given_rows(slices: None) -> None:
+    source, other, third = World(), World(), World()
+    assert other.rows.fresh
     source.step(0, 90)
-    wrong.step(0, 90, shift=500)
     copying = other.rows.take_from(source.rows, 64)
     next(copying)
-    assert finish(other.rows.take_from(wrong.rows, 64)) is None
+    assert not other.rows.fresh
     assert finish(copying) == outputs(0, 64)
-    assert other.cached() == expected(64)
+    third.rows.take_over(source.rows, 64)
+    assert not third.rows.fresh
+
+
+def test_rows_are_taken_over_with_their_memory() -> None:
+    source, other = World(), World()
+    source.step(0, 90)
+    memory = [keys.data_ptr() for keys, _ in source.cache.lanes[0]._blocks.values()]
+    assert other.rows.take_over(source.rows, 64) == outputs(0, 64)
+    assert [keys.data_ptr() for keys, _ in other.cache.lanes[0]._blocks.values()] == memory
+    assert (other.rows.span, other.rows.wire_dtype) == (SPAN, DType.FLOAT32)
+    assert (other.rows.length, other.cache.position) == (64, 64)
+    assert (source.rows.length, source.cache.position) == (0, 0)
+    other.step(64, 300)
+    assert other.cached() == expected(364)
+    assert source.cached() == [[]] * 4
+
+
+def test_rows_that_are_taken_over_stay_within_what_the_new_session_reserved() -> None:
+    source, other = World(), World()
+    other.cache = SessionCache(SHAPE, batch=1, max_tokens=70)
+    other.rows = PrefixRows(other.cache, 4)
+    source.step(0, 90)
+    other.rows.take_over(source.rows, 64)
+    other.step(64, 6)
+    with pytest.raises(LocalProtocolError, match="71 tokens in a cache reserved for 70"):
+        other.step(70, 1)
+    source.step(0, 500)
+    assert source.cached() == expected(500)
+
+
+def test_taking_over_ends_a_copy_and_outlasts_the_clearing_up_behind_the_rows(slices: None) -> None:
+    source, copied, other = World(), World(), World()
+    source.step(0, 300)
+    keeping = source.rows.keep(64)  # closed
+    copying = copied.rows.take_from(source.rows, 64)
+    next(keeping)
+    next(copying)
+    other.rows.take_over(source.rows, 64)
+    other.step(64, 400)  # grows
+    assert list(keeping) == []
+    assert finish(copying) is None
+    assert copied.rows.length == 0
+    assert other.cached() == expected(464)
 
 
 def test_what_is_kept_takes_no_memory_behind_it(slices: None) -> None:

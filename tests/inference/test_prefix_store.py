@@ -155,6 +155,15 @@ class StoreMachine(RuleBasedStateMachine):
         while sum(map(len, self.kept.values())) > room:
             del self.kept[next(iter(self.kept))]
 
+    @precondition(lambda self: self.live or self.kept)
+    @rule(data=st.data(), position=st.integers(0, 4))
+    def give_up(self, data: st.DataObject, position: int) -> None:
+        holder = data.draw(st.sampled_from(sorted(self.live | self.kept)))
+        expected = len(self.kept.get(holder, "too long")) <= position
+        assert self.store.give_up(holder, position * PREFIX_ROWS) == expected
+        if expected:
+            del self.kept[holder]
+
     @rule(text=st.text("ab", min_size=1, max_size=5))
     def find(self, text: str) -> None:
         everything = [*self.live.values(), *self.kept.values()]
