@@ -158,11 +158,12 @@ def test_the_page_shows_what_status_says(seen: Seen) -> None:
 
 def test_an_answer_is_what_transformers_says_and_its_ring_is_shown(seen: Seen) -> None:
     window = seen.browser
+    params = SamplingParams(max_new_tokens=300)
     settle(window, temperature=0, max_tokens=300)
     ask(window, PROMPT)
     window.wait(lambda: len(window.all(".hops li")) == 4)  # three hops, and this node
     assert window.texts(".hops .blocks")[0].startswith("0:")
-    assert answer(window) == expected(seen.model, PROMPT, SamplingParams(max_new_tokens=300)).strip()
+    assert answer(window) == expected(seen.model, PROMPT, params).strip()
     assert "tokens/s" in window.text(".turn.assistant .note")
     window.wait(lambda: "The last text" in window.text(".ring .sentence"))
     # Their names come with the next look at the swarm.
