@@ -122,14 +122,13 @@ def test_a_session_that_begins_meanwhile_is_left_alone(slices: None) -> None:
 
 def test_a_session_is_fresh_until_it_begins_or_is_given_rows(slices: None) -> None:
     source, other, third = World(), World(), World()
-    assert other.rows.fresh
     source.step(0, 90)
     copying = other.rows.take_from(source.rows, 64)
     next(copying)
-    assert not other.rows.fresh
+    assert [world.rows.fresh for world in (source, other, third)] == [False, False, True]
     assert finish(copying) == outputs(0, 64)
     third.rows.take_over(source.rows, 64)
-    assert not third.rows.fresh
+    assert [world.rows.fresh for world in (source, other, third)] == [False] * 3
 
 
 def test_rows_are_taken_over_with_their_memory() -> None:
