@@ -99,10 +99,11 @@ class Native:
         """``[..., in]`` to ``[..., out]``, in ``out`` if it is given.
 
         ``bias`` is ``[weight.padded]``, contiguous. Weights are widened as they are read, and all
-        arithmetic is float32. With ``gelu``, GELU's tanh approximation of it; with a ``residual``
-        ``[..., out]``, that added to it in the end. ``streams``, one of ``self.streams``, are the
-        panels that one row reads side by side; the fastest here, if not given. Raises ValueError
-        for what does not fit, or is not float32.
+        arithmetic is float32; but rows become bfloat16 where ``Packer.has_pairs`` says so. With
+        ``gelu``, GELU's tanh approximation of it; with a ``residual`` ``[..., out]``, that added to
+        it in the end. ``streams``, one of ``self.streams``, are the panels that one row reads side
+        by side; the fastest here, if not given. Raises ValueError for what does not fit, or is not
+        float32.
 
         Between two products all threads wait for what is done here, in caches that weights have
         filled: hence few steps, and few objects.
@@ -128,7 +129,9 @@ class Native:
                 raise ValueError(f"{residual.dtype} {tuple(residual.shape)} is no residual of it")
             if whole and (row := _between_rows(residual)):
                 added, added_row = residual, row
-        packed = x.new_empty(min(count, self._block_rows) * inputs) if count > 1 else None
+        packed = None
+        if count > 1 or weight.scales is not None:
+            packed = x.new_empty(min(count, self._block_rows) * inputs)
         trying = False
         if count == 1 and streams is None and weight.large:
             trying = self._settled == 0

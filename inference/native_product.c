@@ -8,7 +8,10 @@
    so nothing has to be summed across a vector. (Of bfloat16, two that are neighbours there lie LANES
    apart in the panel.) Weights of 8 and of 4 bits have scales, one for a feature and a group of inputs:
    they scale the sum of the group. Those of 12 bits are bfloat16, without loss (twelve_bits.py): the few
-   that do not fit are 0 there, and are added one by one. */
+   that do not fit are 0 there, and are added one by one.
+
+   Where a processor multiplies bfloat16, two inputs at once, rows are rounded to it for weights of 8 and 4
+   bits, and so are NF4's levels: for one row as for many, an error of 0.1 %. */
 
 #include <omp.h>
 #include <stdatomic.h>
@@ -42,9 +45,33 @@ static const float LEVELS[16] = {
     -0.0910500362f, 0.0f,           0.0795802996f,  0.1609302014f,  0.2461123019f,  0.3379152417f,
     0.4407098293f,  0.5626170039f,  0.7229568362f,  1.0f};
 
-/* How many inputs lie together. Those of 4 bits: a feature's in a word of 32 bits, so that only a shift
-   and a look-up stand between memory and a float. The last ones are made up. */
-INLINE int unit(const enum dtype dtype) { return dtype == NF4 ? 8 : 1; }
+/* How many inputs are multiplied at once: in pairs, or one. */
+INLINE int joined(const enum dtype dtype) {
+#ifdef HAS_PAIRS
+    if (dtype == NF4 || dtype == INT8_PAIRS || dtype == PAIRS) return 2;
+#endif
+    (void)dtype;
+    return 1;
+}
+
+int has_pairs(void) { return joined(PAIRS) == 2; }
+
+/* What rows of so many inputs take, in floats. */
+INLINE ptrdiff_t row_held(ptrdiff_t inputs, const enum dtype dtype) {
+    return (inputs + joined(dtype) - 1) / joined(dtype);
+}
+
+/* How many inputs lie together; the last ones are made up. Those of 4 bits: a feature's in a word of 32
+   bits, so that only a shift and a look-up stand between memory and a float. Those in pairs: two of a
+   feature behind one another. */
+INLINE int unit(const enum dtype dtype) {
+    return dtype == NF4 ? 8 : dtype == INT8_PAIRS || dtype == PAIRS ? 2 : 1;
+}
+
+/* Whether sums of integers or of levels become those of weights by scales. */
+INLINE int is_scaled(const enum dtype dtype) {
+    return dtype == INT8 || dtype == NF4 || dtype == INT8_PAIRS || dtype == PAIRS;
+}
 
 INLINE ptrdiff_t inputs_held(ptrdiff_t inputs, const enum dtype dtype) {
     return (inputs + unit(dtype) - 1) / unit(dtype) * unit(dtype);
@@ -54,13 +81,15 @@ INLINE ptrdiff_t inputs_held(ptrdiff_t inputs, const enum dtype dtype) {
 INLINE ptrdiff_t panel_row(enum dtype dtype) {
     switch (dtype) {
     case NF4: return LANES;
-    case INT8: return PANEL;
+    case INT8:
+    case INT8_PAIRS: return PANEL;
     case TWELVE: return PANEL + LANES;
+    case PAIRS: return PANEL * 2;
     default: return PANEL * (ptrdiff_t)width(dtype);
     }
 }
 
-/* Those of the `at`-th input of a unit. */
+/* Those of the `at`-th input of a unit, or of it and the next one. */
 INLINE struct pair load_weights(const char *p, const enum dtype dtype, table exponents,
                                 const int at) {
     switch (dtype) {
@@ -70,6 +99,11 @@ INLINE struct pair load_weights(const char *p, const enum dtype dtype, table exp
     case BFLOAT16: return from_words(LOAD_WORDS(p));
     case NF4: {
         const uint32_t *words = (const uint32_t *)p;
+#ifdef HAS_PAIRS
+        const __m512i levels = pairs_of(LOAD(LEVELS), LOAD(LEVELS));
+        return (struct pair){pairs_from_nibbles(words, 4 * at, levels),
+                             pairs_from_nibbles(words + LANES, 4 * at, levels)};
+#endif
         return (struct pair){from_nibbles(words, 4 * at, LEVELS),
                              from_nibbles(words + LANES, 4 * at, LEVELS)};
     }
@@ -77,8 +111,27 @@ INLINE struct pair load_weights(const char *p, const enum dtype dtype, table exp
         const int8_t *integers = (const int8_t *)p;
         return (struct pair){from_int8(integers), from_int8(integers + LANES)};
     }
+#ifdef HAS_PAIRS
+    case INT8_PAIRS: {
+        const int8_t *integers = (const int8_t *)p;
+        return (struct pair){pairs_from_int8(integers), pairs_from_int8(integers + 2 * LANES)};
+    }
+#endif
+    case PAIRS: {
+        const float *pairs = (const float *)p;
+        return (struct pair){LOAD(pairs), LOAD(pairs + LANES)};
+    }
     default: return (struct pair){load(p, dtype), load(p + LANES * width(dtype), dtype)};
     }
+}
+
+/* `sums` + `weights` times `values`. */
+INLINE vec add_products(vec weights, vec values, vec sums, const enum dtype dtype) {
+#ifdef HAS_PAIRS
+    if (joined(dtype) == 2) return add_pairs(weights, values, sums);
+#endif
+    (void)dtype;
+    return FMA(weights, values, sums);
 }
 
 /* A part of the product: some rows by some panels, through `count` inputs. */
@@ -88,7 +141,7 @@ struct part {
     const float *scales;      /* [PANEL], of the first panel and group, or NULL */
     ptrdiff_t panel_scales;   /* from those of one panel to those of the next */
     const uint8_t *exponents; /* [EXPONENTS] of each panel, or NULL */
-    const float *rows;        /* [count][rows] */
+    const float *rows;        /* [count][rows], or pairs [count / 2][rows] */
     ptrdiff_t count;
     ptrdiff_t first_group; /* inputs from here to the end of the first group, if there are groups ... */
     ptrdiff_t group;       /* ... and of one */
@@ -99,7 +152,7 @@ struct part {
     ptrdiff_t features;
 };
 
-/* What the `at`-th input of a unit adds to the sums. */
+/* What the `at`-th input of a unit, or that and the next one, adds to the sums. */
 INLINE void add_input(const struct part *part, const char *weights, const float *x, const int rows,
                       const int panels, const enum dtype dtype, const int at,
                       const table *exponents, vec sums[MOST_TOGETHER][2][MAX_TILE]) {
@@ -108,8 +161,8 @@ INLINE void add_input(const struct part *part, const char *weights, const float 
             load_weights(weights + p * part->panel_size, dtype, exponents[p], at);
         UNROLL for (int r = 0; r < rows; r++) {
             const vec value = SET(x[r]);
-            sums[p][0][r] = FMA(pair.left, value, sums[p][0][r]);
-            sums[p][1][r] = FMA(pair.right, value, sums[p][1][r]);
+            sums[p][0][r] = add_products(pair.left, value, sums[p][0][r], dtype);
+            sums[p][1][r] = add_products(pair.right, value, sums[p][1][r], dtype);
         }
     }
 }
@@ -117,7 +170,7 @@ INLINE void add_input(const struct part *part, const char *weights, const float 
 /* `out` += `rows` times `weights`, times `scales` if there are any. */
 INLINE void tile(const struct part *part, const int rows, const int panels,
                  const enum dtype dtype) {
-    const int scaled = dtype == INT8 || dtype == NF4;
+    const int scaled = is_scaled(dtype);
     const ptrdiff_t row_bytes = panel_row(dtype), panel_size = part->panel_size;
     const ptrdiff_t count = part->count, asked_row = part->asked_row;
     /* Behind the end of these panels, the next ones are read: those behind the last of these. */
@@ -150,12 +203,13 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
                 UNROLL for (int p = 0; p < panels; p++)
                     UNROLL for (ptrdiff_t line = 0; line < at_once * row_bytes; line += LINE)
                         _mm_prefetch(asked + p * panel_size + line, _MM_HINT_T0);
-                UNROLL for (int at = 0; at < at_once; at++, x += rows)
+                UNROLL for (int at = 0; at < at_once; at += joined(dtype), x += rows)
                     add_input(part, weights, x, rows, panels, dtype, at, exponents, sums);
                 weights += at_once * row_bytes;
                 asked += at_once * asked_row;
             }
-            for (int at = 0; i < stop; i++, at++, x += rows) /* the last unit, not whole */
+            /* the last unit, not whole */
+            for (int at = 0; i < stop; i += joined(dtype), at += joined(dtype), x += rows)
                 add_input(part, weights, x, rows, panels, dtype, at, exponents, sums);
         }
         UNROLL for (int p = 0; p < panels; p++)
@@ -175,7 +229,7 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
 /* One row of 12 bits or more waits for memory. How many streams of it a processor reads fastest is the
    caller's to know; they are taken where every thread has enough to do all the same. */
 INLINE int together_of(ptrdiff_t rows, ptrdiff_t panels, const enum dtype dtype, int streams) {
-    if (rows == 1 && dtype != INT8 && dtype != NF4 && panels >= 4 * streams * omp_get_max_threads())
+    if (rows == 1 && !is_scaled(dtype) && panels >= 4 * streams * omp_get_max_threads())
         return streams;
     return TOGETHER(least(rows, MAX_TILE));
 }
@@ -211,6 +265,10 @@ static void any_tile(const struct part *part, int rows, int panels, enum dtype d
     switch (dtype) {
     case NF4: tile_of(part, rows, panels, NF4); break;
     case INT8: tile_of(part, rows, panels, INT8); break;
+#ifdef HAS_PAIRS
+    case INT8_PAIRS: tile_of(part, rows, panels, INT8_PAIRS); break;
+    case PAIRS: tile_of(part, rows, panels, PAIRS); break;
+#endif
     case FLOAT16: tile_of(part, rows, panels, FLOAT16); break;
     case BFLOAT16: tile_of(part, rows, panels, BFLOAT16); break;
 #ifdef TWELVE_BITS
@@ -221,11 +279,11 @@ static void any_tile(const struct part *part, int rows, int panels, enum dtype d
 }
 
 /* A matrix in panels: [features / PANEL][inputs][PANEL]; of 4 bits, [features / PANEL][inputs / 8, made
-   up][PANEL] words. `scales` are [features / PANEL][inputs /
-   group, made up][PANEL]; NULL without a `group`. What is below `dtype` is of 12 bits, else NULL: the
-   exponents of each panel, [features / PANEL][EXPONENTS], and the weights that have others, those of
-   panel p from `firsts[p]` to `firsts[p + 1]` - 1: their places in it, input * PANEL + feature, and
-   themselves. */
+   up][PANEL] words; in pairs, [features / PANEL][inputs / 2, made up][PANEL][2]. `scales` are [features /
+   PANEL][inputs / group, made up][PANEL]; NULL without a `group`. What is below `dtype` is of 12 bits,
+   else NULL: the exponents of each panel, [features / PANEL][EXPONENTS], and the weights that have
+   others, those of panel p from `firsts[p]` to `firsts[p + 1]` - 1: their places in it, input * PANEL +
+   feature, and themselves. */
 struct matrix {
     const char *data;
     const float *scales;
@@ -244,20 +302,43 @@ struct product {
     ptrdiff_t residual_row, out_row;
     int activated;
     ptrdiff_t rows, tiles;
-    const float *ordered; /* [inputs][rows] of each tile */
+    const float *ordered; /* [inputs][rows] of each tile, or pairs [inputs / 2, made up][rows] */
     float *out;
 };
 
-/* Weights of 12 bits of a panel, `count` inputs, as bfloat16. */
-static void expand(const char *from, ptrdiff_t count, const uint8_t *exponents, char *to) {
-#ifdef TWELVE_BITS
-    const table own = load_table(exponents);
-    for (ptrdiff_t i = 0; i < count; i++)
-        STORE_WORDS(to + i * PANEL * 2,
-                    from_twelve((const uint8_t *)from + i * (PANEL + LANES), own));
-#else
-    (void)from, (void)count, (void)exponents, (void)to;
+/* What weights are widened to, once for all of many rows. */
+INLINE enum dtype widened(enum dtype dtype) {
+    return joined(dtype) == 2 ? PAIRS : dtype == TWELVE ? BFLOAT16 : dtype;
+}
+
+INLINE void widen_to_pairs(const char *from, ptrdiff_t count, const enum dtype dtype, char *to) {
+    for (ptrdiff_t i = 0; i < count; i += unit(dtype), from += unit(dtype) * panel_row(dtype))
+        UNROLL for (int at = 0; at < unit(dtype); at += 2, to += 2 * panel_row(PAIRS)) {
+            const struct pair pair = load_weights(from, dtype, (table){0}, at);
+            STORE((float *)to, pair.left);
+            STORE((float *)to + LANES, pair.right);
+        }
+}
+
+/* `count` inputs of a panel, made up to whole units. */
+static void widen_weights(const char *from, ptrdiff_t count, enum dtype dtype,
+                          const uint8_t *exponents, char *to) {
+    switch (dtype) {
+#ifdef HAS_PAIRS
+    case NF4: widen_to_pairs(from, count, NF4, to); break;
+    case INT8_PAIRS: widen_to_pairs(from, count, INT8_PAIRS, to); break;
 #endif
+#ifdef TWELVE_BITS
+    case TWELVE: {
+        const table own = load_table(exponents);
+        for (ptrdiff_t i = 0; i < count; i++)
+            STORE_WORDS(to + i * PANEL * 2,
+                        from_twelve((const uint8_t *)from + i * (PANEL + LANES), own));
+        break;
+    }
+#endif
+    default: break;
+    }
 }
 
 /* What the weights of a panel that do not fit 12 bits add to all rows' sums, which are `wide` apart. */
@@ -289,8 +370,8 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
        never idle, each of them asks for its part of the next DEPTH. */
     const ptrdiff_t ahead = tiles < 2 ? AHEAD : DEPTH * row_bytes;
     const int spread = tiles < 2 ? 0 : tiles < 4 ? 1 : tiles < 8 ? 2 : 3;
-    /* For many tiles, 12 bits become 16 once; such tiles go through one panel. */
-    const int expanded = matrix->dtype == TWELVE && tiles > 2;
+    /* For many tiles, weights are widened once; such tiles go through one panel. */
+    const enum dtype dtype = tiles > 2 ? widened(matrix->dtype) : (enum dtype)matrix->dtype;
     _Alignas(LINE) char words[DEPTH * PANEL * 2];
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t f = 0; f < wide; f++)
@@ -306,7 +387,8 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
                 .scales = matrix->scales + (group ? panel * groups + depth / group : 0) * PANEL,
                 .panel_scales = groups * PANEL,
                 .exponents = matrix->exponents + panel * EXPONENTS,
-                .rows = product->ordered + first * inputs + depth * (last - first),
+                .rows = product->ordered + first * row_held(inputs, matrix->dtype) +
+                        depth / joined(matrix->dtype) * (last - first),
                 .count = end - depth,
                 .first_group = group ? group - depth % group : 0,
                 .group = group,
@@ -316,11 +398,10 @@ static void multiply_panels(const struct product *product, ptrdiff_t panel, int 
                 .out = sums + first * wide,
                 .features = wide,
             };
-            enum dtype dtype = matrix->dtype;
-            if (expanded) {
-                if (t == 0) expand(part.weights, part.count, part.exponents, words);
+            if (dtype != (enum dtype)matrix->dtype) {
+                if (t == 0)
+                    widen_weights(part.weights, part.count, matrix->dtype, part.exponents, words);
                 part.weights = words;
-                dtype = BFLOAT16;
             }
             any_tile(&part, (int)(last - first), some, dtype);
         }
@@ -357,11 +438,33 @@ INLINE int take(struct share *share, int most, int fewer, ptrdiff_t *first) {
     }
 }
 
+/* The inputs of `rows` rows of `x`, `inputs` apart, from `from` to `to` - 1, in the order in which they are
+   multiplied. */
+static void order(const float *x, ptrdiff_t rows, ptrdiff_t inputs, ptrdiff_t from, ptrdiff_t to,
+                  enum dtype dtype, float *ordered) {
+    float *const first = ordered + from / joined(dtype) * rows;
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const float *row = x + r * inputs;
+#ifdef HAS_PAIRS
+        if (joined(dtype) == 2) {
+            for (ptrdiff_t i = from; i < to; i += 2 * LANES) {
+                float pairs[LANES];
+                to_pairs(row + i, to - i, pairs);
+                for (ptrdiff_t p = 0; p < least((to - i + 1) / 2, LANES); p++)
+                    first[((i - from) / 2 + p) * rows + r] = pairs[p];
+            }
+            continue;
+        }
+#endif
+        for (ptrdiff_t i = from; i < to; i++) first[(i - from) * rows + r] = row[i];
+    }
+}
+
 /* `out` [rows, features] = `x` [rows, inputs] times `matrix`, plus `bias` [features] or NULL; if
    `activated`, GELU of that; plus `residual` or NULL. Rows of `residual` and of `out` begin
    `residual_row` and `out_row` floats apart. `packed` is room for the inputs of BLOCK_ROWS rows, or of
-   all if those are fewer. `streams` is how many panels one row is multiplied by side by side: 2, 4 or
-   most_streams(). */
+   all if those are fewer; for one row it may be NULL, but not by weights with scales. `streams` is how
+   many panels one row is multiplied by side by side: 2, 4 or most_streams(). */
 void multiply(const struct matrix *matrix, const float *x, const float *bias, int activated,
               const float *residual, ptrdiff_t residual_row, float *out, ptrdiff_t out_row,
               float *packed, ptrdiff_t rows, int streams) {
@@ -373,6 +476,9 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
         const int together = together_of(block, panels, matrix->dtype, streams);
         const int fewer = (int)least(together, TOGETHER(least(block, MAX_TILE)));
+        const int as_it_is = block == 1 && joined(matrix->dtype) == 1;
+        if (block == 1 && !as_it_is)
+            order(x + begun * inputs, 1, inputs, 0, inputs, matrix->dtype, packed);
         const struct product product = {
             .matrix = matrix,
             .bias = bias,
@@ -382,7 +488,7 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
             .activated = activated,
             .rows = block,
             .tiles = tiles,
-            .ordered = block == 1 ? x + begun * inputs : packed,
+            .ordered = as_it_is ? x + begun * inputs : packed,
             .out = out + begun * out_row,
         };
         /* Each thread has its share of the panels, to one, as matrices come in pieces of few. Who is
@@ -400,10 +506,9 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
                 for (ptrdiff_t from = 0; from < inputs; from += 64)
                     for (ptrdiff_t t = 0; t < tiles; t++) {
                         const ptrdiff_t first = t * block / tiles, last = (t + 1) * block / tiles;
-                        float *to = packed + first * inputs;
-                        for (ptrdiff_t r = first; r < last; r++)
-                            for (ptrdiff_t i = from; i < least(from + 64, inputs); i++)
-                                to[i * (last - first) + r - first] = x[(begun + r) * inputs + i];
+                        order(x + (begun + first) * inputs, last - first, inputs, from,
+                              least(from + 64, inputs), matrix->dtype,
+                              packed + first * row_held(inputs, matrix->dtype));
                     }
             }
             _Alignas(LINE) float sums[BLOCK_ROWS * PANEL];

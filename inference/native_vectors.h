@@ -49,6 +49,37 @@ INLINE vec from_nibbles(const uint32_t *p, int shift, const float *levels) {
     const __m512i index = _mm512_srli_epi32(_mm512_loadu_si512(p), shift);
     return _mm512_permutexvar_ps(index, LOAD(levels)); /* by its lowest four bits */
 }
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define HAS_PAIRS 1
+/* `sums` + `weights` times `values`, two inputs at once: 32 bits are two bfloat16, the first input's in
+   the lower half. */
+INLINE vec add_pairs(vec weights, vec values, vec sums) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)values);
+}
+/* 2 * LANES floats, rounded, in their order. */
+INLINE __m512i pairs_of(vec low, vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+/* What 8 bits of LANES words of 32, from bit `shift` on, stand for in `levels`: 16 bfloat16, twice. */
+INLINE vec pairs_from_nibbles(const uint32_t *p, int shift, __m512i levels) {
+    const __m512i first = _mm512_srli_epi32(_mm512_loadu_si512(p), shift);
+    /* an index counts in its lowest five bits only, and the fifth makes no difference */
+    const __m512i index =
+        _mm512_mask_mov_epi16(first, 0xaaaaaaaa, _mm512_slli_epi32(first, 12));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(index, levels));
+}
+/* 2 * LANES integers, which bfloat16 holds exactly, in their order. */
+INLINE vec pairs_from_int8(const int8_t *p) {
+    return _mm512_castsi512_ps(pairs_of(from_int8(p), from_int8(p + LANES)));
+}
+/* `count` floats, 2 * LANES at most, as pairs; behind them 0. */
+INLINE void to_pairs(const float *from, ptrdiff_t count, float *to) {
+    const __mmask16 left = count < LANES ? (1u << count) - 1 : 0xffff;
+    const ptrdiff_t behind = count - LANES;
+    const __mmask16 right = behind < 0 ? 0 : behind < LANES ? (1u << behind) - 1 : 0xffff;
+    const __m512i pairs =
+        pairs_of(_mm512_maskz_loadu_ps(left, from), _mm512_maskz_loadu_ps(right, from + LANES));
+    STORE(to, _mm512_castsi512_ps(pairs));
+}
+#endif
 /* 2 * LANES bfloat16 of weights: of two neighbours, one belongs to `left` and one to `right`, as both
    are the upper half of a float then, and the lower half of the other's word of 32 bits is 0 or not. */
 typedef __m512i words;
@@ -161,7 +192,9 @@ INLINE vec power_of_two(vec whole) {
 #define PANEL (2 * LANES) /* output features that a matrix holds together */
 #define EXPONENTS 16      /* that weights of a panel may have in 12 bits */
 
-enum dtype { FLOAT32, FLOAT16, BFLOAT16, INT8, NF4, TWELVE }; /* the last three of weights only */
+/* The last five are of weights only. Those of 8 bits may lie by pairs of inputs; PAIRS are what these, or
+   NF4, stand for in bfloat16, made for many rows. */
+enum dtype { FLOAT32, FLOAT16, BFLOAT16, INT8, NF4, TWELVE, INT8_PAIRS, PAIRS };
 
 INLINE size_t width(enum dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 

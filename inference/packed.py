@@ -23,8 +23,8 @@ NATIVE_DTYPES = {
 """``enum dtype``; NF4 are unsigned bytes here."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """What our code reads; other floating dtypes become float32 first."""
-_TWELVE_BITS = 5
-"""``TWELVE``."""
+_TWELVE_BITS, _INT8_PAIRS = 5, 6
+"""``TWELVE`` and ``INT8_PAIRS``."""
 _LARGE = 1 << 22
 """Bytes of a matrix that no cache holds for long: only there does it matter how memory is read."""
 
@@ -84,6 +84,8 @@ class PackedMatrix:
     """Inputs that share a scale; 0 without scales."""
     exponents: Exponents | None = None
     """Of 12 bits."""
+    pairs: bool = False
+    """Of 8 bits: whether two inputs of a feature lie behind one another."""
 
     @property
     def panel(self) -> int:
@@ -98,7 +100,11 @@ class PackedMatrix:
     @functools.cached_property
     def described(self) -> object:
         """Where it is and what: a ``struct matrix``, made once."""
-        own = self.exponents
+        own, dtype = self.exponents, NATIVE_DTYPES[self.data.dtype]
+        if own is not None:
+            dtype = _TWELVE_BITS
+        elif self.pairs:
+            dtype = _INT8_PAIRS
         parts = (own.frequent, own.firsts, own.places, own.others) if own else ()
         return ctypes.byref(
             _Matrix(
@@ -107,7 +113,7 @@ class PackedMatrix:
                 self.group,
                 self.padded,
                 self.inputs,
-                NATIVE_DTYPES[self.data.dtype] if own is None else _TWELVE_BITS,
+                dtype,
                 *[part.data_ptr() for part in parts],
             )
         )

@@ -1,6 +1,7 @@
 """Into what our own product multiplies by: rounding weights, and laying them in panels."""
 
 import ctypes
+import dataclasses
 
 import torch
 from torch.nn import functional as F
@@ -19,6 +20,9 @@ class Packer:
         """``panel`` is how many output features a panel has."""
         self._panel = panel
         self._twelve_bits = TwelveBits(library, panel)
+        self.has_pairs = bool(library.has_pairs())
+        """Whether this processor multiplies bfloat16, two inputs at once. Then rows are rounded to that
+        for weights of 8 and 4 bits, and so are NF4's levels."""
         self._lay_panels = library.lay_panels
         self._lay_panels.argtypes = [_void, _int, _size, _size, _void]
         self._lay_panels.restype = None
@@ -80,8 +84,14 @@ class Packer:
 
     def pack_int8(self, weights: Int8Weights) -> PackedMatrix:
         """The same of 8-bit integers."""
-        inputs = weights.integers.shape[1]
-        return self._in_panels(weights.integers, weights.scales[:, None], group=inputs)
+        integers, scales = weights.integers, weights.scales[:, None]
+        inputs = integers.shape[1]
+        if not self.has_pairs:
+            return self._in_panels(integers, scales, group=inputs)
+        words = F.pad(integers, (0, inputs % 2)).view(torch.float16)  # as something of that size
+        packed = self._in_panels(words, scales, group=inputs)
+        data = packed.data.view(torch.int8)
+        return dataclasses.replace(packed, inputs=inputs, data=data, pairs=True)
 
     def pack_nf4(self, weights: Nf4Weights) -> PackedMatrix:
         """The same of 4-bit NF4: two of them in a byte."""
