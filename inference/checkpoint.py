@@ -24,7 +24,8 @@ from .device import as_device
 from .families import Dimensions, Family, find_family
 from .gguf import load_gguf_tokenizer, open_gguf
 from .hub import FetchedSource, GgufSource, Source, open_source
-from .kernels import WeightFormat, bytes_per_weight, widens
+from .kernel_choice import bytes_per_weight, widens
+from .kernels import WeightFormat
 from .loading import fill_module
 from .model import Blocks, Ends
 from .precision import Precision, resolve_precision

@@ -1,6 +1,6 @@
 """The one module that stands where transformers' layers have ``nn.Linear``.
 
-It holds its matrix in pieces of output features, each in the kernel that ``kernels.py`` chose for
+It holds its matrix in pieces of output features, each in the kernel that ``kernel_choice.py`` chose for
 the format: pieces bound the memory that packing takes beyond the result, and some kernels are
 faster on them.
 """
@@ -12,16 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .kernels import (
-    Kernel,
-    NativeHalf,
-    NativeKernel,
-    NativeTwelve,
-    Plain,
-    WeightFormat,
-    choose_kernel,
-    widens,
-)
+from .kernel_choice import choose_kernel, widens
+from .kernels import Kernel, NativeHalf, NativeKernel, NativeTwelve, Plain, WeightFormat
 
 PIECE = 1 << 25
 """Weights of a piece: while it is packed, it takes 128 MiB in float32."""

@@ -40,6 +40,7 @@ def _source() -> str:
     digest = hashlib.sha256()
     for name in (
         "attention.py",
+        "kernel_choice.py",
         "kernels.py",
         "lanes.py",
         "linear.py",

@@ -15,7 +15,8 @@ from enum import StrEnum
 import torch
 
 from ..protocol.errors import ConfigError
-from .kernels import WeightFormat, probe_seconds, widens
+from .kernel_choice import probe_seconds, widens
+from .kernels import WeightFormat
 
 DTYPES = tuple(name.value for name in WeightFormat if not name.quantized)
 """What ``--dtype`` takes besides ``auto``."""

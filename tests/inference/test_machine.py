@@ -9,7 +9,8 @@ import torch
 from petals.inference import device, memory, throughput
 from petals.inference.checkpoint import Checkpoint, open_checkpoint
 from petals.inference.device import resolve_device
-from petals.inference.kernels import WeightFormat, widens
+from petals.inference.kernel_choice import widens
+from petals.inference.kernels import WeightFormat
 from petals.inference.native import native
 from petals.protocol.errors import ConfigError
 from petals.protocol.span import Span

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from petals.inference import kernels, throughput
+from petals.inference import kernel_choice, kernels, throughput
 from petals.inference.kernels import MakeKernel, WeightFormat
 from petals.node import serving
 from torch import device as Device
@@ -18,7 +18,7 @@ from torch import device as Device
 
 def share(folder: Path) -> None:
     """Let nodes of this process, and of its forks, keep in ``folder`` what they measure."""
-    measure_kernels, measure_speed = kernels._fastest, throughput.remembered
+    measure_kernels, measure_speed = kernel_choice._fastest, throughput.remembered
 
     def fastest(
         weights: WeightFormat, device: Device, *, exact: bool
@@ -36,5 +36,5 @@ def share(folder: Path) -> None:
     def remembered(*given: Any, **named: Any) -> Any:
         return measure_speed(*given, **named | {"folder": folder})
 
-    vars(kernels)["_fastest"] = fastest
+    vars(kernel_choice)["_fastest"] = fastest
     vars(serving)["remembered"] = remembered

@@ -1,0 +1,103 @@
+"""Of the kernels for a format, the fastest that works here is taken; none that rounds, where that matters."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from petals.inference import kernel_choice, kernels
+from petals.inference.kernel_choice import choose_kernel, probe_seconds, widens
+from petals.inference.kernels import (
+    FbgemmHalf,
+    MakeKernel,
+    NativeHalf,
+    Plain,
+    Reordered,
+    WeightFormat,
+)
+from petals.protocol.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("weights", list(WeightFormat))
+def test_a_kernel_is_found_for_every_format(weights: WeightFormat) -> None:
+    assert choose_kernel(weights, CPU) is choose_kernel(weights, CPU), "it is measured once"
+    assert probe_seconds(weights, CPU) > 0
+
+
+def test_what_does_not_work_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+            raise RuntimeError("no such op")
+
+    class Wrong:
+        def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+            self.features = len(weight)
+
+        def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(rows), self.features)
+
+    choices = {("cpu", WeightFormat.FLOAT32): (Broken, Wrong), ("cpu", WeightFormat.NF4): (Broken,)}
+    monkeypatch.setattr(kernel_choice, "_KERNELS", choices)
+    kernel_choice._fastest.cache_clear()
+    try:
+        assert choose_kernel(WeightFormat.FLOAT32, CPU) is Plain
+        with pytest.raises(ConfigError, match="nothing here can compute with nf4"):
+            choose_kernel(WeightFormat.NF4, CPU)
+    finally:
+        kernel_choice._fastest.cache_clear()
+
+
+def test_the_least_that_any_process_found_decides(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beside others that compute, a kernel that uses all cores looks slow, and one of one core does not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "petals-node" / "kernels.json"
+
+    def chosen(**seconds: float) -> MakeKernel:
+        kernel_choice._fastest.cache_clear()
+        takes = {getattr(kernels, name): taken for name, taken in seconds.items()}
+        monkeypatch.setattr(
+            kernel_choice, "_try", lambda kernel, *_: lambda _: takes.get(kernel, 1e3) + 1e-9
+        )
+        return choose_kernel(WeightFormat.FLOAT16, CPU)
+
+    try:
+        assert chosen(NativeHalf=5.0, FbgemmHalf=2.0) is FbgemmHalf
+        assert chosen(NativeHalf=1.0, FbgemmHalf=1.5) is NativeHalf
+        assert chosen(NativeHalf=9.0, FbgemmHalf=2.0) is NativeHalf
+        for damage in ("{", "[]", '{"a": 1}', "null"):
+            file.write_text(damage)
+            assert chosen(NativeHalf=9.0, FbgemmHalf=2.0) is FbgemmHalf
+        known = json.loads(file.read_text())
+        nonsense: list[object] = ["0.1", None, -1.0, [], math.nan]
+        for value in nonsense:
+            file.write_text(
+                json.dumps({key: dict.fromkeys(own, value) for key, own in known.items()})
+            )
+            assert chosen(NativeHalf=1.0, FbgemmHalf=1.5) is NativeHalf
+            assert chosen(NativeHalf=9.0, FbgemmHalf=2.0) is NativeHalf
+    finally:
+        kernel_choice._fastest.cache_clear()
+
+
+def test_what_rounds_rows_is_not_taken_for_what_is_to_be_exact(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However fast it is: checkpoints in bfloat16 give the text of float32 by default."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    takes = {NativeHalf: 9.0, Reordered: 1.0}
+    monkeypatch.setattr(kernel_choice, "_try", lambda kernel, *_: lambda _: takes.get(kernel, 99.0))
+    kernel_choice._fastest.cache_clear()
+    try:
+        assert choose_kernel(WeightFormat.BFLOAT16, CPU) is Reordered
+        assert choose_kernel(WeightFormat.BFLOAT16, CPU, exact=True) is NativeHalf
+        assert widens(WeightFormat.BFLOAT16, CPU)
+        monkeypatch.setattr(kernel_choice, "_try", lambda *_: None)
+        kernel_choice._fastest.cache_clear()
+        assert not widens(WeightFormat.BFLOAT16, CPU)
+    finally:
+        kernel_choice._fastest.cache_clear()
