@@ -69,10 +69,13 @@ def widens(weights: WeightFormat, device: torch.device) -> bool:
 
 def bytes_per_weight(weights: WeightFormat, device: torch.device, *, exact: bool = False) -> float:
     """Memory that a weight takes, scales and what a kernel adds included, as measured."""
-    library = native() if weights is WeightFormat.BFLOAT16 and device.type == "cpu" else None
-    twelve = library is not None and library.packer.has_twelve_bits
-    if twelve and choose_kernel(weights, device, exact=exact) is NativeHalf:
-        return 1.51
+    library = native() if device.type == "cpu" else None
+    if library is not None and weights in (WeightFormat.BFLOAT16, WeightFormat.INT8):
+        kernel = choose_kernel(weights, device, exact=exact)
+        if kernel is NativeInt8:
+            return 1.01
+        if kernel is NativeHalf and library.packer.has_twelve_bits:
+            return 1.51
     return {"float32": 4.0, "int8": 1.2, "nf4": 0.57}.get(weights.value, 2.0)
 
 

@@ -226,11 +226,10 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
 /* Panels that are walked through together: enough sums to hide what an addition takes. */
 #define TOGETHER(rows) (4 * (rows) <= MAX_TILE ? 4 : 2 * (rows) <= MAX_TILE ? 2 : 1)
 
-/* One row of 12 bits or more waits for memory. How many streams of it a processor reads fastest is the
-   caller's to know; they are taken where every thread has enough to do all the same. */
-INLINE int together_of(ptrdiff_t rows, ptrdiff_t panels, const enum dtype dtype, int streams) {
-    if (rows == 1 && !is_scaled(dtype) && panels >= 4 * streams * omp_get_max_threads())
-        return streams;
+/* One row waits for memory. How many streams of it a processor reads fastest is the caller's to know;
+   they are taken where every thread has enough to do all the same. */
+INLINE int together_of(ptrdiff_t rows, ptrdiff_t panels, int streams) {
+    if (rows == 1 && panels >= 4 * streams * omp_get_max_threads()) return streams;
     return TOGETHER(least(rows, MAX_TILE));
 }
 
@@ -474,7 +473,7 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
     for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
         const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
-        const int together = together_of(block, panels, matrix->dtype, streams);
+        const int together = together_of(block, panels, streams);
         const int fewer = (int)least(together, TOGETHER(least(block, MAX_TILE)));
         const int as_it_is = block == 1 && joined(matrix->dtype) == 1;
         if (block == 1 && !as_it_is)

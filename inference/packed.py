@@ -95,7 +95,7 @@ class PackedMatrix:
     @functools.cached_property
     def large(self) -> bool:
         """Whether it matters how it is read."""
-        return self.scales is None and self.data.nbytes >= _LARGE
+        return self.data.nbytes >= _LARGE
 
     @functools.cached_property
     def described(self) -> object:

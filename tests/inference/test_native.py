@@ -144,8 +144,9 @@ def test_rows_times_a_matrix_of_few_bits(
     result = library.multiply(x, packed, bias)
     expected = F.linear(multiplied, stands_for, bias[:features])
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=2e-5)
-    alone = library.multiply(x[-1:], packed, bias)
-    assert torch.equal(alone[0], result[-1]), "a row does not depend on those beside it"
+    for streams in library.streams:
+        alone = library.multiply(x[-1:], packed, bias, streams=streams)
+        assert torch.equal(alone[0], result[-1]), "a row does not depend on those beside it"
 
 
 @given(

@@ -16,7 +16,7 @@ from support.processes import DEADLINE, LOOPBACK, ProcessSwarm, originating, swa
 from support.reference import ReferenceModel
 
 PROMPT = "And they departed from there"
-PARAMS = SamplingParams(max_new_tokens=300)
+PARAMS = SamplingParams(max_new_tokens=600)
 HERE, THERE = Span(3, 6), Span(5, 8)
 
 
