@@ -38,7 +38,12 @@ from .native import native
 _ROWS = (1, 16)
 """A kernel is judged by one decoding session and by many."""
 _PROBE_FEATURES = 1024
-_TURNS = 5
+_TURNS = 16
+"""In which no kernel became faster, before they are believed: beside others that compute, one that uses
+all cores finds them free now and then only."""
+_FASTER = 0.97
+_PATIENCE = 4.0
+"""Seconds for all turns."""
 _CLEARLY_FASTER = 0.75
 """Of the time of another kernel; less is noise, on a machine that others use too."""
 _TOLERANCE = {"int8": 0.05, "nf4": 0.25}
@@ -123,10 +128,15 @@ def _fastest(
         return None
     # Taking turns, so that a moment in which somebody else computes hits all alike.
     taken = {kernel: dict.fromkeys(_ROWS, math.inf) for kernel in working}
-    for _ in range(_TURNS):
+    begin, turns = time.monotonic(), 0
+    while turns < _TURNS and time.monotonic() - begin < _PATIENCE:
+        turns += 1
         for kernel, measure in working.items():
             for count in _ROWS:
-                taken[kernel][count] = min(taken[kernel][count], measure(count))
+                seconds, least = measure(count), taken[kernel][count]
+                taken[kernel][count] = min(least, seconds)
+                if seconds < _FASTER * least:
+                    turns = 0
     best: tuple[MakeKernel, float] | None = None
     for kernel, by_count in _least_ever(taken, weights, device).items():
         seconds = math.pow(math.prod(by_count.values()), 1 / len(_ROWS))

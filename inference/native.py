@@ -129,9 +129,7 @@ class Native:
                 raise ValueError(f"{residual.dtype} {tuple(residual.shape)} is no residual of it")
             if whole and (row := _between_rows(residual)):
                 added, added_row = residual, row
-        packed = None
-        if count > 1 or weight.scales is not None:
-            packed = x.new_empty(min(count, self._block_rows) * inputs)
+        packed = x.new_empty(min(count, self._block_rows) * inputs) if count > 1 else None
         trying = False
         if count == 1 and streams is None and weight.large:
             trying = self._settled == 0

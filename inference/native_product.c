@@ -447,10 +447,14 @@ static void order(const float *x, ptrdiff_t rows, ptrdiff_t inputs, ptrdiff_t fr
 #ifdef HAS_PAIRS
         if (joined(dtype) == 2) {
             for (ptrdiff_t i = from; i < to; i += 2 * LANES) {
-                float pairs[LANES];
-                to_pairs(row + i, to - i, pairs);
+                float some[LANES], *const there = first + (i - from) / 2 * rows + r;
+                if (rows == 1 && to - i >= 2 * LANES) {
+                    to_pairs(row + i, 2 * LANES, there);
+                    continue;
+                }
+                to_pairs(row + i, to - i, some);
                 for (ptrdiff_t p = 0; p < least((to - i + 1) / 2, LANES); p++)
-                    first[((i - from) / 2 + p) * rows + r] = pairs[p];
+                    there[p * rows] = some[p];
             }
             continue;
         }
@@ -462,8 +466,8 @@ static void order(const float *x, ptrdiff_t rows, ptrdiff_t inputs, ptrdiff_t fr
 /* `out` [rows, features] = `x` [rows, inputs] times `matrix`, plus `bias` [features] or NULL; if
    `activated`, GELU of that; plus `residual` or NULL. Rows of `residual` and of `out` begin
    `residual_row` and `out_row` floats apart. `packed` is room for the inputs of BLOCK_ROWS rows, or of
-   all if those are fewer; for one row it may be NULL, but not by weights with scales. `streams` is how
-   many panels one row is multiplied by side by side: 2, 4 or most_streams(). */
+   all if those are fewer; NULL for one row. `streams` is how many panels one row is multiplied by side by
+   side: 2, 4 or most_streams(). */
 void multiply(const struct matrix *matrix, const float *x, const float *bias, int activated,
               const float *residual, ptrdiff_t residual_row, float *out, ptrdiff_t out_row,
               float *packed, ptrdiff_t rows, int streams) {
@@ -475,9 +479,15 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
         const int together = together_of(block, panels, streams);
         const int fewer = (int)least(together, TOGETHER(least(block, MAX_TILE)));
-        const int as_it_is = block == 1 && joined(matrix->dtype) == 1;
-        if (block == 1 && !as_it_is)
-            order(x + begun * inputs, 1, inputs, 0, inputs, matrix->dtype, packed);
+        const float *ordered = packed;
+        float one_row[block == 1 ? row_held(inputs, matrix->dtype) : 1]; /* 112 KiB for the largest model */
+        if (block == 1) {
+            ordered = x + begun * inputs;
+            if (joined(matrix->dtype) > 1) {
+                order(ordered, 1, inputs, 0, inputs, matrix->dtype, one_row);
+                ordered = one_row;
+            }
+        }
         const struct product product = {
             .matrix = matrix,
             .bias = bias,
@@ -487,7 +497,7 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
             .activated = activated,
             .rows = block,
             .tiles = tiles,
-            .ordered = as_it_is ? x + begun * inputs : packed,
+            .ordered = ordered,
             .out = out + begun * out_row,
         };
         /* Each thread has its share of the panels, to one, as matrices come in pieces of few. Who is

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,23 @@ def test_the_least_that_any_process_found_decides(
             )
             assert chosen(NativeHalf=1.0, FbgemmHalf=1.5) is NativeHalf
             assert chosen(NativeHalf=9.0, FbgemmHalf=2.0) is NativeHalf
+    finally:
+        kernel_choice._fastest.cache_clear()
+
+
+def test_a_kernel_that_others_slow_down_for_a_while_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seconds = {NativeHalf: iter([9.0] * 20 + [1.0] * 999)}
+
+    def tried(kernel: MakeKernel, *_: object) -> Callable[[int], float]:
+        return lambda _: next(seconds[kernel]) if kernel in seconds else 2.0
+
+    monkeypatch.setattr(kernel_choice, "_try", tried)
+    kernel_choice._fastest.cache_clear()
+    try:
+        assert choose_kernel(WeightFormat.FLOAT16, CPU) is NativeHalf
     finally:
         kernel_choice._fastest.cache_clear()
 
