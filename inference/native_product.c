@@ -103,9 +103,10 @@ INLINE struct pair load_weights(const char *p, const enum dtype dtype, table exp
         const __m512i levels = pairs_of(LOAD(LEVELS), LOAD(LEVELS));
         return (struct pair){pairs_from_nibbles(words, 4 * at, levels),
                              pairs_from_nibbles(words + LANES, 4 * at, levels)};
-#endif
+#else
         return (struct pair){from_nibbles(words, 4 * at, LEVELS),
                              from_nibbles(words + LANES, 4 * at, LEVELS)};
+#endif
     }
     case INT8: {
         const int8_t *integers = (const int8_t *)p;
@@ -479,15 +480,10 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
         const int together = together_of(block, panels, streams);
         const int fewer = (int)least(together, TOGETHER(least(block, MAX_TILE)));
-        const float *ordered = packed;
-        float one_row[block == 1 ? row_held(inputs, matrix->dtype) : 1]; /* 112 KiB for the largest model */
-        if (block == 1) {
-            ordered = x + begun * inputs;
-            if (joined(matrix->dtype) > 1) {
-                order(ordered, 1, inputs, 0, inputs, matrix->dtype, one_row);
-                ordered = one_row;
-            }
-        }
+        const float *const first = x + begun * inputs;
+        const int paired = block == 1 && joined(matrix->dtype) == 2;
+        float pairs[paired ? row_held(inputs, matrix->dtype) : 1]; /* 112 KiB for the largest model */
+        if (paired) order(first, 1, inputs, 0, inputs, matrix->dtype, pairs);
         const struct product product = {
             .matrix = matrix,
             .bias = bias,
@@ -497,7 +493,7 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
             .activated = activated,
             .rows = block,
             .tiles = tiles,
-            .ordered = ordered,
+            .ordered = paired ? pairs : block == 1 ? first : packed,
             .out = out + begun * out_row,
         };
         /* Each thread has its share of the panels, to one, as matrices come in pieces of few. Who is
