@@ -8,6 +8,7 @@ import ctypes
 import functools
 import logging
 import time
+from collections.abc import Sequence
 from statistics import quantiles
 
 import torch
@@ -49,11 +50,15 @@ class Native:
         self._settle_for = _PRODUCTS[0]
         self._multiply = library.multiply
         self._multiply.argtypes = [*[_void] * 3, _int, _void, _size]
-        self._multiply.argtypes += [_void, _size, _void, _size, _int]
+        self._multiply.argtypes += [_void, _size, _void, _size, _int, _void, _size]
         self._multiply.restype = None
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int, _int]
         self._attention.restype = None
+        self._find_largest = library.find_largest
+        self._find_largest.argtypes = [_void, *[_size] * 2, *[_void] * 2, _size]
+        self._find_largest.argtypes += [*[_void] * 2, _size]
+        self._find_largest.restype = _size
         self._pack_wire = library.pack_wire
         self._pack_wire.argtypes = [_void, _int, _size, _size, _void]
         self._pack_wire.restype = None
@@ -150,6 +155,8 @@ class Native:
             None if packed is None else packed.data_ptr(),
             count,
             self._chosen(streams),
+            None,
+            0,
         )
         if trying and streams is not None:
             self._tried(streams, (time.perf_counter() - begin) / weight.data.nbytes)
@@ -158,6 +165,55 @@ class Native:
         if residual is not None and added is None:
             output += residual
         return output if out is None or out is output else out.copy_(output)
+
+    def multiply_panels(
+        self, x: torch.Tensor, weight: PackedMatrix, panels: Sequence[int], out: torch.Tensor
+    ) -> None:
+        """Of ``multiply``, the outputs of a few ``panels``: the same bits, at their places in ``out``.
+
+        ``x`` ``[rows, in]`` is contiguous; ``out`` is ``[rows, >= weight.padded]``.
+        """
+        rows = len(x)
+        packed = x.new_empty(x.shape) if rows > 1 else None
+        self._multiply(
+            weight.described,
+            x.data_ptr(),
+            None,
+            False,
+            None,
+            0,
+            out.data_ptr(),
+            out.stride(0),
+            None if packed is None else packed.data_ptr(),
+            rows,
+            self._streams,
+            (ctypes.c_int32 * len(panels))(*panels),
+            len(panels),
+        )
+
+    def panels_of_largest(
+        self, x: torch.Tensor, outputs: torch.Tensor, errors: torch.Tensor, most: int
+    ) -> list[int]:
+        """Which panels may hold the largest of a row's ``outputs`` ``[rows, panels * panel]``, ascending.
+
+        Those are of ``x`` ``[rows, in]``, each off by its error of ``errors`` ``[panels * panel]`` times the
+        norm of its row at most; an error of -inf is of an output that there is not. Empty if they are more
+        than ``most``, or if an output is not finite. All are contiguous.
+        """
+        rows, panels = len(outputs), len(errors) // self.packer.panel
+        highest = outputs.new_empty(rows * panels)
+        found = (ctypes.c_int32 * most)()
+        count = self._find_largest(
+            x.data_ptr(),
+            *x.shape,
+            outputs.data_ptr(),
+            errors.data_ptr(),
+            panels,
+            highest.data_ptr(),
+            found,
+            most,
+        )
+        return found[:count]
 
     def decode_attention(
         self,

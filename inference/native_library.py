@@ -21,7 +21,7 @@ import psutil
 
 _SOURCES = [
     Path(__file__).parent / f"native_{part}.c"
-    for part in ("product", "attention", "packing", "rounding", "wire")
+    for part in ("product", "attention", "packing", "rounding", "screening", "wire")
 ]
 _HEADER = Path(__file__).parent / "native_vectors.h"
 _COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c11")

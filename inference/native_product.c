@@ -468,17 +468,19 @@ static void order(const float *x, ptrdiff_t rows, ptrdiff_t inputs, ptrdiff_t fr
    `activated`, GELU of that; plus `residual` or NULL. Rows of `residual` and of `out` begin
    `residual_row` and `out_row` floats apart. `packed` is room for the inputs of BLOCK_ROWS rows, or of
    all if those are fewer; NULL for one row. `streams` is how many panels one row is multiplied by side by
-   side: 2, 4 or most_streams(). */
+   side: 2, 4 or most_streams(). Of `count` `chosen` panels only, if that
+   is not NULL. */
 void multiply(const struct matrix *matrix, const float *x, const float *bias, int activated,
               const float *residual, ptrdiff_t residual_row, float *out, ptrdiff_t out_row,
-              float *packed, ptrdiff_t rows, int streams) {
+              float *packed, ptrdiff_t rows, int streams, const int32_t *chosen,
+              ptrdiff_t count) {
     const ptrdiff_t inputs = matrix->inputs;
-    const ptrdiff_t panels = matrix->features / PANEL;
+    const ptrdiff_t panels = chosen ? count : matrix->features / PANEL;
     const int threads = omp_get_max_threads();
     for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
         const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
-        const int together = together_of(block, panels, streams);
+        const int together = chosen ? 1 : together_of(block, panels, streams);
         const int fewer = (int)least(together, TOGETHER(least(block, MAX_TILE)));
         const float *const first = x + begun * inputs;
         const int paired = block == 1 && joined(matrix->dtype) == 2;
@@ -522,7 +524,7 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
                 struct share *share = &shares[(omp_get_thread_num() + helped) % threads];
                 const int some = take(share, helped ? fewer : together, fewer, &panel);
                 if (some)
-                    multiply_panels(&product, panel, some, sums);
+                    multiply_panels(&product, chosen ? chosen[panel] : panel, some, sums);
                 else
                     helped++;
             }

@@ -34,6 +34,7 @@ struct pair { vec left, right; };
 #define ZERO_IF_LESS(v, a, b) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), v)
 #define SUM _mm512_reduce_add_ps
 #define LARGEST _mm512_reduce_max_ps
+#define MAGNITUDE _mm512_abs_ps
 INLINE vec from_half(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
@@ -135,6 +136,7 @@ INLINE float SUM(vec v) {
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
+INLINE vec MAGNITUDE(vec x) { return _mm256_andnot_ps(SET(-0.0f), x); }
 INLINE float LARGEST(vec v) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));

@@ -10,7 +10,6 @@
 INLINE void store_bytes(int8_t *to, vec whole) {
     _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole)));
 }
-INLINE vec magnitude(vec x) { return _mm512_abs_ps(x); }
 #else
 INLINE void store_bytes(int8_t *to, vec whole) {
     const __m256i integers = _mm256_cvtps_epi32(whole);
@@ -18,7 +17,6 @@ INLINE void store_bytes(int8_t *to, vec whole) {
                                           _mm256_extracti128_si256(integers, 1));
     _mm_storel_epi64((__m128i *)to, _mm_packs_epi16(words, words));
 }
-INLINE vec magnitude(vec x) { return _mm256_andnot_ps(SET(-0.0f), x); }
 #endif
 
 /* The scale of a block, and its integers. It is NaN where one of the values is not finite. */
@@ -26,7 +24,7 @@ INLINE float pack_block(const float *from, int8_t *to) {
     vec largest = SET(0.0f), unseen = SET(0.0f);
     UNROLL for (int i = 0; i < BLOCK; i += LANES) {
         const vec x = LOAD(from + i);
-        largest = MAX(largest, magnitude(x));
+        largest = MAX(largest, MAGNITUDE(x));
         unseen = FMA(x, SET(0.0f), unseen);
     }
     const float scale = LARGEST(largest) / 127.0f + SUM(unseen);

@@ -6,9 +6,9 @@
 import contextlib
 import ctypes
 import functools
+import itertools
 import math
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,12 +60,6 @@ class Exponents:
     """``[others]``, int32: in its panel, ascending."""
     others: torch.Tensor
     """``[others]``, float32: the weights that have other exponents."""
-
-    @functools.cached_property
-    def bounds(self) -> list[int]:
-        """``firsts``, for Python: a screened head asks for some panels at every token."""
-        bounds: list[int] = self.firsts.tolist()
-        return bounds
 
 
 @dataclass(frozen=True)
@@ -119,29 +113,6 @@ class PackedMatrix:
         )
 
 
-def some_panels(parts: Sequence[PackedMatrix], numbers: Sequence[int]) -> PackedMatrix:
-    """A copy of the panels ``numbers`` (ascending) of consecutive ``parts`` without scales, of one kind."""
-    data, frequent, places, others, counts = [], [], [], [], [0]
-    first = 0
-    for part in parts:
-        end, own = first + len(part.data), part.exponents
-        for at in [number - first for number in numbers if first <= number < end]:
-            data.append(part.data[at])
-            if own is not None:
-                begin, stop = own.bounds[at : at + 2]
-                frequent.append(own.frequent[at])
-                places.append(own.places[begin:stop])
-                others.append(own.others[begin:stop])
-                counts.append(stop - begin)
-        first = end
-    exponents = None
-    if frequent:
-        firsts = torch.tensor(counts).cumsum(0)
-        exponents = Exponents(torch.stack(frequent), firsts, torch.cat(places), torch.cat(others))
-    features, inputs = len(data) * parts[0].panel, parts[0].inputs
-    return PackedMatrix(features, inputs, features, torch.stack(data), exponents=exponents)
-
-
 def unpacked(matrix: PackedMatrix, first: int, last: int) -> torch.Tensor:
     """What panels ``first`` to ``last - 1`` of a matrix without scales hold, float32 ``[panels, in, panel]``."""
     data, own, panel = matrix.data[first:last], matrix.exponents, matrix.panel
@@ -154,9 +125,9 @@ def unpacked(matrix: PackedMatrix, first: int, last: int) -> torch.Tensor:
     fractions = data[:, :, :panel].int()
     words = (fractions & 0x80) << 8 | (fractions & 0x7F) | frequent.int() << 7
     weights = _in_order((words << 16).view(torch.float32))
-    for number in range(first, last):
-        begin, stop = own.bounds[number : number + 2]
-        weights[number - first].view(-1)[own.places[begin:stop].long()] = own.others[begin:stop]
+    firsts = own.firsts[first : last + 1].tolist()
+    for number, (begin, stop) in enumerate(itertools.pairwise(firsts)):
+        weights[number].view(-1)[own.places[begin:stop].long()] = own.others[begin:stop]
     return weights
 
 

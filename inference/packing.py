@@ -18,7 +18,7 @@ class Packer:
 
     def __init__(self, library: ctypes.CDLL, panel: int) -> None:
         """``panel`` is how many output features a panel has."""
-        self._panel = panel
+        self.panel = panel
         self._twelve_bits = TwelveBits(library, panel)
         self.has_pairs = bool(library.has_pairs())
         """Whether this processor multiplies bfloat16, two inputs at once. Then rows are rounded to that
@@ -102,7 +102,7 @@ class Packer:
     ) -> PackedMatrix:
         """``weight``, and the ``scales`` ``[out, groups]`` of ``group`` inputs."""
         weight = weight.contiguous()
-        (features, inputs), panel = weight.shape, self._panel
+        (features, inputs), panel = weight.shape, self.panel
         panels = -(-features // panel)
         if weight.dtype == torch.uint8:  # of NF4, 8 inputs go into a word
             data = mapped_zeros((panels, -(-inputs // 8) * 8, panel // 2), weight.dtype)

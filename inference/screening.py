@@ -19,7 +19,7 @@ from .device import free_memory
 from .kernels import NativeFloat, NativeHalf, NativeTwelve
 from .linear import Linear
 from .native import Native, native
-from .packed import PackedMatrix, mapped_zeros, some_panels, unpacked
+from .packed import PackedMatrix, mapped_zeros, unpacked
 
 _LEAST_WEIGHTS = 1 << 20
 """Below, what is saved is not worth the bookkeeping."""
@@ -44,7 +44,6 @@ class ScreenedLinear(nn.Module):
         self._whole = whole
         self._library = library
         self._parts = _packed(whole)
-        self._panel = self._parts[0].panel
         self._features = sum(part.features for part in self._parts)
         self._rounded, self._errors = _round(self._parts)
         self._largest_only = False
@@ -70,16 +69,18 @@ class ScreenedLinear(nn.Module):
 
     def _screened(self, rows: torch.Tensor) -> torch.Tensor | None:
         """``[rows, out]``; None if too many outputs may be the largest, or if there is NaN."""
+        rows = rows.contiguous()
         outputs = self._library.multiply(rows, self._rounded, None)
-        errors = self._errors * rows.norm(dim=1, keepdim=True)
-        least = (outputs - errors)[:, : self._features].amax(dim=1, keepdim=True)
-        above = errors.add_(outputs).sub_(least).view(len(rows), -1, self._panel)
-        chosen = (above.amax(dim=(0, 2)) >= 0).nonzero().flatten().tolist()
-        if not 0 < len(chosen) <= max(1, _MOST_CHOSEN * len(self._rounded.data)):
+        most = max(1, int(_MOST_CHOSEN * len(self._rounded.data)))
+        chosen = self._library.panels_of_largest(rows, outputs, self._errors, most)
+        if not chosen:
             return None
-        exact = self._library.multiply(rows, some_panels(self._parts, chosen), None)
-        for number, own in zip(chosen, exact.split(self._panel, dim=1), strict=True):
-            outputs[:, number * self._panel : (number + 1) * self._panel] = own
+        begin = 0
+        for part in self._parts:
+            end = begin + len(part.data)
+            if own := [panel - begin for panel in chosen if begin <= panel < end]:
+                self._library.multiply_panels(rows, part, own, outputs[:, begin * part.panel :])
+            begin = end
         return outputs[:, : self._features]
 
 

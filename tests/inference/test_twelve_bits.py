@@ -11,7 +11,7 @@ from petals.inference import linear, twelve_bits
 from petals.inference.kernels import NativeHalf, NativeKernel, WeightFormat
 from petals.inference.linear import pack_linear
 from petals.inference.native import Native, native
-from petals.inference.packed import some_panels, unpacked
+from petals.inference.packed import unpacked
 
 NUMBERS = (0.0, -0.0, 1e-40, -3e38, 1e30, math.inf, math.nan)
 """Of exponents that normal weights don't have."""
@@ -81,10 +81,15 @@ def test_products_are_those_of_16_bits(
     for streams in library.streams:
         assert torch.equal(alone, library.multiply(x[-1:], packed, bias, streams=streams))
     chosen = sorted({0, len(packed.data) // 2, len(packed.data) - 1})
-    some = library.multiply(x, some_panels([packed, packed], chosen), None)
+    some = torch.full((len(x), packed.padded), 7.0)
+    library.multiply_panels(x, packed, chosen, some)
     whole = library.multiply(x, packed, None)
-    panels = [whole[:, number * packed.panel : (number + 1) * packed.panel] for number in chosen]
-    assert torch.equal(some[:, : sum(each.shape[1] for each in panels)], torch.cat(panels, dim=1))
+    for number, panel in enumerate(some.split(packed.panel, dim=1)):
+        first = number * packed.panel
+        expected = whole[:, first : first + packed.panel]
+        if number not in chosen:
+            expected = torch.full_like(expected, 7.0)
+        assert torch.equal(panel[:, : expected.shape[1]], expected)
 
 
 def test_what_is_not_finite_stays_visible(library: Native) -> None:
