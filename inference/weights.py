@@ -211,15 +211,16 @@ def _open_safetensors(path: Path) -> tuple[list[str], Reader]:
 
     def read(key: str) -> Stored:
         @functools.cache
-        def kept() -> Any:
+        def mapped() -> torch.Tensor:
             """For single entries: to open the file takes far longer than to read one."""
             file: Any = safe_open(path, framework="pt", device="cpu")
-            return file.get_slice(key)
+            tensor: torch.Tensor = file.get_tensor(key)
+            return tensor
 
         def rows(pairs: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
             if all(stop - start == 1 for start, stop in pairs):
                 with checked():
-                    return [_convertible(path, key, kept()[start:stop]) for start, stop in pairs]
+                    return [_convertible(path, key, mapped()[start:stop]) for start, stop in pairs]
             with opened() as file:
                 entries = file.get_slice(key)
                 return [_convertible(path, key, entries[start:stop]) for start, stop in pairs]

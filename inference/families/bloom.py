@@ -6,6 +6,7 @@ to the linear modules, which have their results at hand. Tensor-parallel slices 
 with ``slow_but_exact``) are summed in one matrix product, which is what they mean.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from ..linear import Linear
 from ..model import Ends, RunBlock, Start
 from .family import Dimensions
 from .own_attention import OwnAttention
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
 
 _DEFAULT_LENGTH = 2048
 """BLOOM's own; configs of its smaller siblings often don't say."""
@@ -71,7 +74,7 @@ def _find_parts_at_once(block: nn.Module) -> None:
                 vars(module)[name] = part.forward if called else part
 
 
-def _layer_norm(module: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
+def _layer_norm(module: nn.LayerNorm) -> Norm:
     """What the module does in the end."""
     shape, epsilon = module.normalized_shape, module.eps
     weight, bias = module.weight, module.bias
@@ -95,16 +98,22 @@ class BloomEnds(Ends):
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=epsilon)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @functools.cached_property
+    def _norm_embeddings(self) -> Norm:
+        return _layer_norm(self.word_embeddings_layernorm)
+
+    @functools.cached_property
+    def _norm_hidden(self) -> Norm:
+        return _layer_norm(self.ln_f)
+
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self._enter(self.word_embeddings(token_ids))
 
     def _enter(self, embeddings: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = self.word_embeddings_layernorm(embeddings)
-        return normed
+        return self._norm_embeddings(embeddings)
 
     def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = self.ln_f(hidden)
-        return normed
+        return self._norm_hidden(hidden)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.lm_head(self._final_norm(hidden))

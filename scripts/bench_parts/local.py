@@ -264,8 +264,9 @@ class LocalSession:
 
         def compute() -> tuple[int, WireTensor]:
             ends = self.local.ends
-            token = ends.logits(to_torch(hidden)[:, -1:], largest_only=True).argmax()
-            return int(token), to_wire(ends.embed(token.view(1, 1)), self.local.wire_dtype)
+            logits = ends.logits(to_torch(hidden)[:, -1:], largest_only=True)
+            token = int(logits.numpy().argmax())
+            return token, to_wire(ends.embed(torch.tensor([[token]])), self.local.wire_dtype)
 
         token, self._next = self.local.compute(compute)
         return token
