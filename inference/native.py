@@ -9,6 +9,7 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import quantiles
 
 import torch
@@ -31,6 +32,16 @@ compute beside others that load, and at most; twice as many from time to time.""
 _void, _size, _int, _float = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_float
 
 
+@dataclass(frozen=True)
+class Highest:
+    """What ``Native.find_highest`` finds."""
+
+    outputs: torch.Tensor
+    """``[rows, panels]``: the largest that there may be."""
+    best: "ctypes.Array[ctypes.c_int32]"
+    """``[rows]``: the panel with the largest that there is at least."""
+
+
 class Native:
     """The compiled functions. All tensors are on the CPU; what is not said is float32."""
 
@@ -50,15 +61,20 @@ class Native:
         self._settle_for = _PRODUCTS[0]
         self._multiply = library.multiply
         self._multiply.argtypes = [*[_void] * 3, _int, _void, _size]
-        self._multiply.argtypes += [_void, _size, _void, _size, _int, _void, _size]
+        self._multiply.argtypes += [_void, _size, _void, _size, _int]
         self._multiply.restype = None
+        self._multiply_panels = library.multiply_panels_of
+        self._multiply_panels.argtypes = [*[_void] * 3, _size, _void, _size, _void, _size]
+        self._multiply_panels.restype = None
         self._attention = library.decode_attention
         self._attention.argtypes = [*[_void] * 3, *[_size] * 5, *[_float] * 2, _void, _int, _int]
         self._attention.restype = None
-        self._find_largest = library.find_largest
-        self._find_largest.argtypes = [_void, *[_size] * 2, *[_void] * 2, _size]
-        self._find_largest.argtypes += [*[_void] * 2, _size]
-        self._find_largest.restype = _size
+        self._find_highest = library.find_highest
+        self._find_highest.argtypes = [_void, *[_size] * 2, *[_void] * 2, _size, *[_void] * 2]
+        self._find_highest.restype = _int
+        self._find_others = library.find_others
+        self._find_others.argtypes = [*[_void] * 2, *[_size] * 2, *[_void] * 3]
+        self._find_others.restype = _size
         self._pack_wire = library.pack_wire
         self._pack_wire.argtypes = [_void, _int, _size, _size, _void]
         self._pack_wire.restype = None
@@ -155,8 +171,6 @@ class Native:
             None if packed is None else packed.data_ptr(),
             count,
             self._chosen(streams),
-            None,
-            0,
         )
         if trying and streams is not None:
             self._tried(streams, (time.perf_counter() - begin) / weight.data.nbytes)
@@ -167,53 +181,73 @@ class Native:
         return output if out is None or out is output else out.copy_(output)
 
     def multiply_panels(
-        self, x: torch.Tensor, weight: PackedMatrix, panels: Sequence[int], out: torch.Tensor
+        self,
+        x: torch.Tensor,
+        parts: object,
+        panels: Sequence[int],
+        out: torch.Tensor,
     ) -> None:
-        """Of ``multiply``, the outputs of a few ``panels``: the same bits, at their places in ``out``.
+        """Of ``multiply``, some ``panels`` only: the same bits, at their places in ``out``.
 
-        ``x`` ``[rows, in]`` is contiguous; ``out`` is ``[rows, >= weight.padded]``.
+        ``parts`` are ``described``, of floats, and continue one another; ``panels`` count through all of
+        them. ``x`` ``[rows, in]`` is contiguous, of few rows; ``out`` is ``[rows, >= padded of all]``.
         """
         rows = len(x)
         packed = x.new_empty(x.shape) if rows > 1 else None
-        self._multiply(
-            weight.described,
+        self._multiply_panels(
+            parts,
             x.data_ptr(),
-            None,
-            False,
-            None,
-            0,
             out.data_ptr(),
             out.stride(0),
             None if packed is None else packed.data_ptr(),
             rows,
-            self._streams,
             (ctypes.c_int32 * len(panels))(*panels),
             len(panels),
         )
 
-    def panels_of_largest(
-        self, x: torch.Tensor, outputs: torch.Tensor, errors: torch.Tensor, most: int
-    ) -> list[int]:
-        """Which panels may hold the largest of a row's ``outputs`` ``[rows, panels * panel]``, ascending.
+    def find_highest(
+        self, x: torch.Tensor, outputs: torch.Tensor, errors: torch.Tensor
+    ) -> "Highest | None":
+        """How large the largest of each panel of ``outputs`` ``[rows, panels * panel]`` may be.
 
         Those are of ``x`` ``[rows, in]``, each off by its error of ``errors`` ``[panels * panel]`` times the
-        norm of its row at most; an error of -inf is of an output that there is not. Empty if they are more
-        than ``most``, or if an output is not finite. All are contiguous.
+        norm of its row at most; an error of -inf is of an output that there is not. None if that cannot be
+        told: something is not finite, or a row next to nothing. All are contiguous.
         """
         rows, panels = len(outputs), len(errors) // self.packer.panel
-        highest = outputs.new_empty(rows * panels)
-        found = (ctypes.c_int32 * most)()
-        count = self._find_largest(
+        highest = outputs.new_empty((rows, panels))
+        best = (ctypes.c_int32 * rows)()
+        found = self._find_highest(
             x.data_ptr(),
             *x.shape,
             outputs.data_ptr(),
             errors.data_ptr(),
             panels,
             highest.data_ptr(),
-            found,
-            most,
+            best,
         )
-        return found[:count]
+        return Highest(highest, best) if found else None
+
+    def find_others(
+        self, outputs: torch.Tensor, errors: torch.Tensor, highest: "Highest"
+    ) -> list[int]:
+        """The panels that may have an output as large as the largest of a row's best one, ascending.
+
+        For that, the best ones' of ``outputs`` are exact now.
+        """
+        rows, panels = highest.outputs.shape
+        found = torch.empty(panels, dtype=torch.int32)
+        count = self._find_others(
+            outputs.data_ptr(),
+            errors.data_ptr(),
+            rows,
+            panels,
+            highest.outputs.data_ptr(),
+            highest.best,
+            found.data_ptr(),
+        )
+        numbers: list[int] = found[:count].tolist()
+        return numbers
 
     def decode_attention(
         self,

@@ -34,6 +34,7 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
 #define DEPTH 256 /* inputs at once: a panel's part of them is near when the next tile wants it */
 #define BLOCK_ROWS (8 * MAX_TILE)
 #define AHEAD 8192 /* bytes: two pages, so that addresses are looked up in time, too */
+#define SCALES_AHEAD 8 /* groups */
 
 ptrdiff_t panel_features(void) { return PANEL; }
 ptrdiff_t block_rows(void) { return BLOCK_ROWS; }
@@ -190,6 +191,11 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
     for (ptrdiff_t end = scaled ? least(part->first_group, count) : count; i < count;
          end = least(end + part->group, count), scales += PANEL) {
         vec sums[MOST_TOGETHER][2][MAX_TILE];
+        if (scaled)
+            UNROLL for (int p = 0; p < panels; p++)
+                UNROLL for (ptrdiff_t f = 0; f < PANEL; f += LINE / (ptrdiff_t)sizeof(float))
+                    _mm_prefetch(scales + p * part->panel_scales + SCALES_AHEAD * PANEL + f,
+                                 _MM_HINT_T0);
         UNROLL for (int p = 0; p < panels; p++)
             UNROLL for (int v = 0; v < 2; v++)
                 UNROLL for (int r = 0; r < rows; r++) {
@@ -468,19 +474,17 @@ static void order(const float *x, ptrdiff_t rows, ptrdiff_t inputs, ptrdiff_t fr
    `activated`, GELU of that; plus `residual` or NULL. Rows of `residual` and of `out` begin
    `residual_row` and `out_row` floats apart. `packed` is room for the inputs of BLOCK_ROWS rows, or of
    all if those are fewer; NULL for one row. `streams` is how many panels one row is multiplied by side by
-   side: 2, 4 or most_streams(). Of `count` `chosen` panels only, if that
-   is not NULL. */
+   side: 2, 4 or most_streams(). */
 void multiply(const struct matrix *matrix, const float *x, const float *bias, int activated,
               const float *residual, ptrdiff_t residual_row, float *out, ptrdiff_t out_row,
-              float *packed, ptrdiff_t rows, int streams, const int32_t *chosen,
-              ptrdiff_t count) {
+              float *packed, ptrdiff_t rows, int streams) {
     const ptrdiff_t inputs = matrix->inputs;
-    const ptrdiff_t panels = chosen ? count : matrix->features / PANEL;
+    const ptrdiff_t panels = matrix->features / PANEL;
     const int threads = omp_get_max_threads();
     for (ptrdiff_t begun = 0; begun < rows; begun += BLOCK_ROWS) {
         const ptrdiff_t block = least(rows - begun, BLOCK_ROWS);
         const ptrdiff_t tiles = (block + MAX_TILE - 1) / MAX_TILE;
-        const int together = chosen ? 1 : together_of(block, panels, streams);
+        const int together = together_of(block, panels, streams);
         const int fewer = (int)least(together, TOGETHER(least(block, MAX_TILE)));
         const float *const first = x + begun * inputs;
         const int paired = block == 1 && joined(matrix->dtype) == 2;
@@ -524,10 +528,33 @@ void multiply(const struct matrix *matrix, const float *x, const float *bias, in
                 struct share *share = &shares[(omp_get_thread_num() + helped) % threads];
                 const int some = take(share, helped ? fewer : together, fewer, &panel);
                 if (some)
-                    multiply_panels(&product, chosen ? chosen[panel] : panel, some, sums);
+                    multiply_panels(&product, panel, some, sums);
                 else
                     helped++;
             }
         }
+    }
+}
+
+/* Of what `multiply` does, `count` `chosen` panels only: of a matrix that is in several `parts`, of one dtype.
+   At most MAX_TILE rows, not in pairs; `packed` is as there. */
+void multiply_panels_of(const struct matrix *parts, const float *x, float *out, ptrdiff_t out_row,
+                        float *packed, ptrdiff_t rows, const int32_t *chosen, ptrdiff_t count) {
+    if (rows > 1) order(x, rows, parts->inputs, 0, parts->inputs, parts->dtype, packed);
+#pragma omp parallel for schedule(dynamic, 1)
+    for (ptrdiff_t n = 0; n < count; n++) {
+        const struct matrix *part = parts;
+        ptrdiff_t first = 0;
+        while (chosen[n] >= first + part->features / PANEL) first += part++->features / PANEL;
+        const struct product product = {
+            .matrix = part,
+            .out_row = out_row,
+            .rows = rows,
+            .tiles = 1,
+            .ordered = rows > 1 ? packed : x,
+            .out = out + first * PANEL,
+        };
+        _Alignas(LINE) float sums[MAX_TILE * PANEL];
+        multiply_panels(&product, chosen[n] - first, 1, sums);
     }
 }

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,23 +95,31 @@ class PackedMatrix:
     @functools.cached_property
     def described(self) -> object:
         """Where it is and what: a ``struct matrix``, made once."""
+        return ctypes.byref(self.structure)
+
+    @functools.cached_property
+    def structure(self) -> _Matrix:
+        """That itself."""
         own, dtype = self.exponents, NATIVE_DTYPES[self.data.dtype]
         if own is not None:
             dtype = _TWELVE_BITS
         elif self.pairs:
             dtype = _INT8_PAIRS
         parts = (own.frequent, own.firsts, own.places, own.others) if own else ()
-        return ctypes.byref(
-            _Matrix(
-                self.data.data_ptr(),
-                None if self.scales is None else self.scales.data_ptr(),
-                self.group,
-                self.padded,
-                self.inputs,
-                dtype,
-                *[part.data_ptr() for part in parts],
-            )
+        return _Matrix(
+            self.data.data_ptr(),
+            None if self.scales is None else self.scales.data_ptr(),
+            self.group,
+            self.padded,
+            self.inputs,
+            dtype,
+            *[part.data_ptr() for part in parts],
         )
+
+
+def described(parts: Sequence[PackedMatrix]) -> object:
+    """Where several are, which whoever calls keeps alive: an array of ``struct matrix``."""
+    return (_Matrix * len(parts))(*[part.structure for part in parts])
 
 
 def unpacked(matrix: PackedMatrix, first: int, last: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from .device import free_memory
 from .kernels import NativeFloat, NativeHalf, NativeTwelve
 from .linear import Linear
 from .native import Native, native
-from .packed import PackedMatrix, mapped_zeros, unpacked
+from .packed import PackedMatrix, described, mapped_zeros, unpacked
 
 _LEAST_WEIGHTS = 1 << 20
 """Below, what is saved is not worth the bookkeeping."""
@@ -27,8 +27,6 @@ _MEMORY = 0.25
 """Of what is free at most, for the weights in 8 bits."""
 _MOST_ROWS = 4
 """Beyond, products with 8-bit weights wait for arithmetic and are no faster."""
-_MOST_CHOSEN = 1 / 16
-"""Of all panels; when more may hold the largest output, all are computed at once."""
 _ROUNDED_AT_ONCE = 1 << 24
 """Weights; while they are rounded, they take some 200 MB."""
 _UNIT = 2.0**-24
@@ -44,6 +42,7 @@ class ScreenedLinear(nn.Module):
         self._whole = whole
         self._library = library
         self._parts = _packed(whole)
+        self._described = described(self._parts)
         self._features = sum(part.features for part in self._parts)
         self._rounded, self._errors = _round(self._parts)
         self._largest_only = False
@@ -68,19 +67,17 @@ class ScreenedLinear(nn.Module):
         return output
 
     def _screened(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """``[rows, out]``; None if too many outputs may be the largest, or if there is NaN."""
+        """``[rows, out]``; None if it is unknown which may be the largest, as where there is NaN."""
         rows = rows.contiguous()
         outputs = self._library.multiply(rows, self._rounded, None)
-        most = max(1, int(_MOST_CHOSEN * len(self._rounded.data)))
-        chosen = self._library.panels_of_largest(rows, outputs, self._errors, most)
-        if not chosen:
+        highest = self._library.find_highest(rows, outputs, self._errors)
+        if highest is None:
             return None
-        begin = 0
-        for part in self._parts:
-            end = begin + len(part.data)
-            if own := [panel - begin for panel in chosen if begin <= panel < end]:
-                self._library.multiply_panels(rows, part, own, outputs[:, begin * part.panel :])
-            begin = end
+        # What is largest there in truth excludes most of what may be larger elsewhere.
+        compute = self._library.multiply_panels
+        compute(rows, self._described, sorted(set(highest.best)), outputs)
+        others = self._library.find_others(outputs, self._errors, highest)
+        compute(rows, self._described, others, outputs)
         return outputs[:, : self._features]
 
 

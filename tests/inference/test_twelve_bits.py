@@ -11,7 +11,7 @@ from petals.inference import linear, twelve_bits
 from petals.inference.kernels import NativeHalf, NativeKernel, WeightFormat
 from petals.inference.linear import pack_linear
 from petals.inference.native import Native, native
-from petals.inference.packed import unpacked
+from petals.inference.packed import described, unpacked
 
 NUMBERS = (0.0, -0.0, 1e-40, -3e38, 1e30, math.inf, math.nan)
 """Of exponents that normal weights don't have."""
@@ -81,13 +81,17 @@ def test_products_are_those_of_16_bits(
     for streams in library.streams:
         assert torch.equal(alone, library.multiply(x[-1:], packed, bias, streams=streams))
     chosen = sorted({0, len(packed.data) // 2, len(packed.data) - 1})
-    some = torch.full((len(x), packed.padded), 7.0)
-    library.multiply_panels(x, packed, chosen, some)
-    whole = library.multiply(x, packed, None)
+    panels = len(packed.data)
+    some = torch.full((min(len(x), 4), 2 * packed.padded), 7.0)
+    few = x[: len(some)].contiguous()
+    library.multiply_panels(
+        few, described([packed, packed]), [*chosen, panels, 2 * panels - 1], some
+    )
+    whole = library.multiply(few, packed, None)
     for number, panel in enumerate(some.split(packed.panel, dim=1)):
-        first = number * packed.panel
+        first = number % panels * packed.panel
         expected = whole[:, first : first + packed.panel]
-        if number not in chosen:
+        if number not in (*chosen, panels, 2 * panels - 1):
             expected = torch.full_like(expected, 7.0)
         assert torch.equal(panel[:, : expected.shape[1]], expected)
 
