@@ -27,6 +27,10 @@ _MEMORY = 0.25
 """Of what is free at most, for the weights in 8 bits."""
 _MOST_ROWS = 4
 """Beyond, products with 8-bit weights wait for arithmetic and are no faster."""
+_LATEST = 8
+"""Products that a mean is taken of, about."""
+_PAUSE = 256
+"""Products for which nothing is screened when that has been in vain."""
 _ROUNDED_AT_ONCE = 1 << 24
 """Weights; while they are rounded, they take some 200 MB."""
 _UNIT = 2.0**-24
@@ -46,6 +50,12 @@ class ScreenedLinear(nn.Module):
         self._features = sum(part.features for part in self._parts)
         self._rounded, self._errors = _round(self._parts)
         self._largest_only = False
+        held = sum(part.data.nbytes for part in self._parts)
+        self._most_chosen = 1 - self._rounded.data.nbytes / held
+        """Of all panels: if more have to be computed all the same, screening costs more than it saves."""
+        self._chosen = 0.0
+        """Of all panels, lately."""
+        self._pause = 0
 
     @contextmanager
     def largest_only(self) -> Iterator[None]:
@@ -60,8 +70,9 @@ class ScreenedLinear(nn.Module):
         """float32 ``[..., in]`` to ``[..., out]``."""
         rows = x.reshape(-1, x.shape[-1])
         if self._largest_only and len(rows) <= _MOST_ROWS:
-            screened = self._screened(rows)
-            if screened is not None:
+            if self._pause:
+                self._pause -= 1
+            elif (screened := self._screened(rows)) is not None:
                 return screened.view(*x.shape[:-1], -1)
         output: torch.Tensor = self._whole(x)
         return output
@@ -74,11 +85,18 @@ class ScreenedLinear(nn.Module):
         if highest is None:
             return None
         # What is largest there in truth excludes most of what may be larger elsewhere.
-        compute = self._library.multiply_panels
-        compute(rows, self._described, sorted(set(highest.best)), outputs)
+        best, compute = sorted(set(highest.best)), self._library.multiply_panels
+        compute(rows, self._described, best, outputs)
         others = self._library.find_others(outputs, self._errors, highest)
         compute(rows, self._described, others, outputs)
+        self._count((len(best) + len(others)) / len(self._rounded.data))
         return outputs[:, : self._features]
+
+    def _count(self, chosen: float) -> None:
+        """Where all outputs are much alike, as far as 8 bits can tell, pause."""
+        self._chosen += (chosen - self._chosen) / _LATEST
+        if self._chosen > self._most_chosen:
+            self._pause, self._chosen = _PAUSE, 0.0
 
 
 def screened(head: Linear) -> Linear | ScreenedLinear:
