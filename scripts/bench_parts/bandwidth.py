@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -42,11 +43,30 @@ class Bandwidth:
 
     def beside(
         self, contestants: Mapping[str, Sampler], rounds: int
-    ) -> tuple[dict[str, float], float]:
-        """The contestants' medians, and the best speed of the memory, which took turns with them.
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The contestants' medians, in seconds, and how fast the memory was for each.
 
-        Between them the machine is the same; an hour before it may have been another.
+        A host that others share changes within minutes, and the bound with it. So the memory is measured
+        before and behind every sample, the faster counts, and what is the median is the product of both:
+        the share of the bound.
         """
-        taken = interleaved({**contestants, "memory": self.measure}, rounds)
-        speed = max(taken.pop("memory"))
-        return {name: statistics.median(samples) for name, samples in taken.items()}, speed
+        speeds: dict[str, list[float]] = {name: [] for name in contestants}
+
+        def between(name: str, sample: Sampler) -> float:
+            before = self.measure()
+            seconds = sample()
+            speeds[name].append(max(before, self.measure()))
+            return seconds
+
+        samplers = {name: partial(between, name, own) for name, own in contestants.items()}
+        taken = interleaved(samplers, rounds)
+        medians = {name: statistics.median(samples) for name, samples in taken.items()}
+        bytes_at_most = {
+            name: [
+                seconds * speed for seconds, speed in zip(own, speeds[name][-rounds:], strict=True)
+            ]
+            for name, own in taken.items()
+        }
+        return medians, {
+            name: statistics.median(own) / medians[name] for name, own in bytes_at_most.items()
+        }

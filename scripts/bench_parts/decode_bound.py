@@ -50,9 +50,10 @@ def by_context(
     bounds: dict[float, float] = {}
     for length in settings.lengths:
         session.fill(length)
-        taken, speed = settings.bandwidth.beside(
+        taken, speeds = settings.bandwidth.beside(
             {"ours": lambda: session.decode_blocks(steps)}, settings.rounds
         )
+        speed = speeds["ours"]
         ours[length] = taken["ours"] / blocks * 1e3
         bounds[length] = local.read_bytes_a_token(length) / blocks / speed * 1e3
         aim = AIMS.get(size.name) if length == settings.lengths[0] else None

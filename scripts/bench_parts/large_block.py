@@ -87,11 +87,11 @@ def decoding(
             worker.mode.name: partial(worker.decode, length=length, steps=settings.tokens)
             for worker in workers
         }
-        taken, speed = settings.bandwidth.beside(samplers, settings.rounds)
+        taken, speeds = settings.bandwidth.beside(samplers, settings.rounds)
         for mode, curve in curves.items():
             curve[length] = taken[mode.name] * 1e3
         if length == settings.lengths[0]:
-            tell_of_decoding(report, size, folder, workers, taken, speed, length)
+            tell_of_decoding(report, size, folder, workers, taken, speeds, length)
     report.pictures.append(
         Picture(
             "large_block.png",
@@ -109,14 +109,15 @@ def tell_of_decoding(
     folder: pathlib.Path,
     workers: list[Worker],
     taken: dict[str, float],
-    speed: float,
+    speeds: dict[str, float],
     length: int,
 ) -> None:
-    """Rows of each mode against the memory's ``speed``, and of the quantised against 16 bit."""
+    """Rows of each mode against the memory's speed, and of the quantised against 16 bit."""
     checkpoint = open_checkpoint(folder)
     sixteen_bit = workers[0].mode
     for worker in workers:
-        mode, seconds = worker.mode, taken[worker.mode.name]
+        mode = worker.mode
+        seconds, speed = taken[mode.name], speeds[mode.name]
         read = block_bytes(checkpoint, mode) + length * worker.loaded["cache_bytes"]
         row = f"{mode_label(size, folder, mode)}: decode one session, KV {length}"
         report.add(

@@ -1,6 +1,7 @@
 """Contestants take turns."""
 
 import threading
+from unittest.mock import patch
 
 import pytest
 from bench_parts.bandwidth import Bandwidth
@@ -33,9 +34,26 @@ def test_an_action_is_timed_as_often_as_asked(repeats: int) -> None:
 
 def test_the_memory_takes_turns_with_what_is_held_against_it() -> None:
     bandwidth = Bandwidth(megabytes=1)
-    taken, speed = bandwidth.beside({"ours": lambda: 2.0}, rounds=2)
+    taken, speeds = bandwidth.beside({"ours": lambda: 2.0}, rounds=2)
     assert taken == {"ours": 2.0}
-    assert 0 < speed <= bandwidth.best
+    assert 0 < speeds["ours"] <= bandwidth.best
+
+
+def test_the_share_of_a_bound_outlasts_a_memory_that_changes() -> None:
+    calls: list[None] = []
+    bandwidth = Bandwidth(megabytes=1)
+
+    def speed() -> float:
+        return 1.0 if len(calls) < 3 else 2.0
+
+    def reads_ten_bytes() -> float:
+        seconds = 10 / speed()
+        calls.append(None)
+        return seconds
+
+    with patch.object(bandwidth, "measure", speed):
+        taken, speeds = bandwidth.beside({"ours": reads_ten_bytes}, rounds=5)
+    assert taken["ours"] * speeds["ours"] == 10.0
 
 
 def test_a_heartbeat_is_heard_and_ends_with_its_block() -> None:
