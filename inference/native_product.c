@@ -34,7 +34,7 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
 #define DEPTH 256 /* inputs at once: a panel's part of them is near when the next tile wants it */
 #define BLOCK_ROWS (8 * MAX_TILE)
 #define AHEAD 8192 /* bytes: two pages, so that addresses are looked up in time, too */
-#define SCALES_AHEAD 8 /* groups */
+#define SCALES_AHEAD 8 /* groups: beside the panels, they are a stream of their own */
 
 ptrdiff_t panel_features(void) { return PANEL; }
 ptrdiff_t block_rows(void) { return BLOCK_ROWS; }
