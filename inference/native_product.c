@@ -33,7 +33,7 @@ INLINE ptrdiff_t between(ptrdiff_t low, ptrdiff_t value, ptrdiff_t high) {
 #define MOST_TOGETHER (MAX_TILE < 8 ? 4 : 8) /* panels that are walked through side by side */
 #define DEPTH 256 /* inputs at once: a panel's part of them is near when the next tile wants it */
 #define BLOCK_ROWS (8 * MAX_TILE)
-#define AHEAD 8192 /* bytes: two pages, so that addresses are looked up in time, too */
+#define AHEAD 4096 /* bytes: a page, so that addresses are looked up in time, too */
 #define SCALES_AHEAD 8 /* groups: beside the panels, they are a stream of their own */
 
 ptrdiff_t panel_features(void) { return PANEL; }
@@ -169,6 +169,11 @@ INLINE void add_input(const struct part *part, const char *weights, const float 
     }
 }
 
+/* Ask the memory for a line of weights, not to be kept: they would push all else out of the processor's
+   caches (what Python and torch are about to need, here and in other processes), and be gone themselves
+   before the next token wants them. */
+#define ASK_FOR(line) _mm_prefetch(line, _MM_HINT_NTA)
+
 /* `out` += `rows` times `weights`, times `scales` if there are any. */
 INLINE void tile(const struct part *part, const int rows, const int panels,
                  const enum dtype dtype) {
@@ -194,8 +199,7 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
         if (scaled)
             UNROLL for (int p = 0; p < panels; p++)
                 UNROLL for (ptrdiff_t f = 0; f < PANEL; f += LINE / (ptrdiff_t)sizeof(float))
-                    _mm_prefetch(scales + p * part->panel_scales + SCALES_AHEAD * PANEL + f,
-                                 _MM_HINT_T0);
+                    ASK_FOR(scales + p * part->panel_scales + SCALES_AHEAD * PANEL + f);
         UNROLL for (int p = 0; p < panels; p++)
             UNROLL for (int v = 0; v < 2; v++)
                 UNROLL for (int r = 0; r < rows; r++) {
@@ -209,7 +213,7 @@ INLINE void tile(const struct part *part, const int rows, const int panels,
             for (; i + at_once <= stop; i += at_once) {
                 UNROLL for (int p = 0; p < panels; p++)
                     UNROLL for (ptrdiff_t line = 0; line < at_once * row_bytes; line += LINE)
-                        _mm_prefetch(asked + p * panel_size + line, _MM_HINT_T0);
+                        ASK_FOR(asked + p * panel_size + line);
                 UNROLL for (int at = 0; at < at_once; at += joined(dtype), x += rows)
                     add_input(part, weights, x, rows, panels, dtype, at, exponents, sums);
                 weights += at_once * row_bytes;
