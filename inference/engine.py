@@ -9,6 +9,7 @@ lock; futures complete outside of the lock. It knows nothing of peers: a session
 reservation of cache and a position; an originator is a name for whom to be fair to.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -126,6 +127,8 @@ class Engine:
                 "How long a step waited for its first round.", _SECONDS
             ),
         }
+        cpu = blocks.device.type == "cpu"
+        self._alone = self.thread.cores.alone if cpu else contextlib.nullcontext
         self.thread.attach(self._turn)
 
     def open(
@@ -394,20 +397,27 @@ class Engine:
 
     # --- on torch's thread ----------------------------------------------------------------------
 
-    def _turn(self) -> float | None:
-        """Run a round if one is due; see ``torch_thread.Turn``."""
+    def _due(self, now: float) -> list[Share[Step]] | float | None:
+        """The next round, or what ``torch_thread.Turn`` returns if there is none to run."""
         with self._lock:
             heads = self._heads()
             if not heads:
                 return None
-            begin = self._clock()
             spans = {step.span for step in heads}
             missed = max(self._pace.singles_seconds(len(span)) for span in spans)
-            pause = self._gathering.wait(spans, missed, begin, self.thread.idle)
-            if pause > 0:
-                return pause
-            shares = self._take_round(heads, begin)
-        outcome = self._runner.run(shares)
+            pause = self._gathering.wait(spans, missed, now, self.thread.idle)
+            return pause if pause > 0 else self._take_round(heads, now)
+
+    def _turn(self) -> float | None:
+        """Run a round if one is due; see ``torch_thread.Turn``."""
+        if not self._waiting:
+            return None
+        with self._alone():  # and not while results are given out: they make others compute
+            begin = self._clock()
+            shares = self._due(begin)
+            if not isinstance(shares, list):
+                return shares
+            outcome = self._runner.run(shares)
         for step, output in outcome.results.items():
             if step.owner.shared is not None:
                 step.owner.shared.append(step.position, output, step.span)

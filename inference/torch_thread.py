@@ -4,13 +4,15 @@ torch spreads each operation over all cores, so two threads that run it at once 
 from each other. Worse, whoever computes first in a process owns the threads of torch's libraries: on
 any other thread, MKL's batched products then run on one core, and OpenMP's pool wakes up slower
 (measured: rounds took 1.4 to 1.6 times as long). Everything that computes goes through here: the rounds of an engine, and the jobs
-of everybody else (embedding, head and sampling, loading a model).
+of everybody else (embedding, head and sampling, loading a model). What other processes do to it is in
+``cores.py``.
 
 Rules of this file: jobs run in the order in which they came. Between two rounds run the jobs that
 were waiting then, and no more: a job waits for one round at most, and jobs never keep rounds from
 running for longer than they take. Importing this file imports no torch.
 """
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -19,6 +21,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any, Protocol, TypeVar
 
 from ..protocol.errors import LocalProtocolError
+from .cores import Cores
 
 T = TypeVar("T")
 
@@ -75,6 +78,8 @@ class TorchThread:
     """A daemon thread, started with the first work. Every method may be called from any thread."""
 
     def __init__(self) -> None:
+        self.cores = Cores()
+        """For what computes on this thread, for as long as a round and on a CPU."""
         self._condition = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._turns: tuple[Turn, ...] = ()
@@ -182,6 +187,10 @@ class TorchThread:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
+        with contextlib.closing(self.cores):
+            self._work_on()
+
+    def _work_on(self) -> None:
         _compute_without_denormals()
         pause: float | None = None
         while True:

@@ -401,7 +401,7 @@ class Node:
                 ends,
                 checkpoint.load_tokenizer(),
                 wire_dtype=narrow if chosen == "auto" else DType(chosen),
-                compute=self._in_torch_thread,
+                compute=self._in_turn if ends.device.type == "cpu" else self._in_torch_thread,
                 network=network,
                 router=SwarmRouter(
                     membership,
@@ -652,6 +652,10 @@ class Node:
     async def _in_torch_thread(self, function: Callable[[], T]) -> T:
         """Run ``function`` on the thread that runs torch in this process, the engine's, too."""
         return await wait_future(self._torch.run(function))
+
+    async def _in_turn(self, function: Callable[[], T]) -> T:
+        """The same for what takes no longer than a round: alone among the nodes of this machine."""
+        return await self._in_torch_thread(partial(self._torch.cores.run, function))
 
     async def _stay_joined(self) -> None:
         """Bootstrap again: soon when nobody is connected any more, else now and then, for peers we miss.
