@@ -177,8 +177,8 @@ class Engine:
         """Let a session that has had no step yet begin with rows that are here already.
 
         ``keys[j - 1]`` is the key of ``PREFIX_ROWS * j`` positions; the longest that is known
-        counts. The rows are copied, or taken over from a session that has ended and left no more of
-        them; outputs are those that their first session was given, in ``wire_dtype``, through
+        counts. The rows are copied, or taken over from a session that has ended and left hardly
+        more of them; outputs are those that their first session was given, in ``wire_dtype``, through
         ``span``.
 
         Never raises; the future gives position 0 where there is nothing to begin with (also if the

@@ -84,11 +84,13 @@ class PrefixStore(Generic[H]):
         return True
 
     def give_up(self, holder: H, position: int) -> bool:
-        """Forget ``holder`` if it is retained and has no more than ``position`` rows.
+        """Forget ``holder`` if it is retained and has hardly more than ``position`` rows.
 
-        So whoever has found it may have its rows, and needs no copy.
+        So whoever has found it may have its rows, and needs no copy. What is lost of it is
+        ``PREFIX_ROWS`` rows at most, which a session with the same prompt computes anyway: it begins at the last
+        boundary before the prompt's end, and the holder may have that at the end.
         """
-        if holder not in self._retained or self.labelled(holder) > position:
+        if holder not in self._retained or self.labelled(holder) > position + PREFIX_ROWS:
             return False
         self.forget(holder)
         return True

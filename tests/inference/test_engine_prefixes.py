@@ -206,6 +206,14 @@ def test_what_nobody_else_needs_is_taken_over_and_not_copied(
     assert len(copied) == 2, "there are more rows than that"
     assert Hop(engine, b"again").restored(PROMPT).position == 128
     assert len(copied) == 2
+    engine.close(b"again")
+    whole = PROMPT[:128]  # its last row, too, is known, and has to be computed
+    expected = reference_tokens(tiny_bloom(), [whole], 1)[0]
+    for _ in range(2):
+        tokens, (begun,), _ = generate([engine], ends, b"whole", whole, 1)
+        assert (tokens, begun.position) == (expected, 96)
+        assert engine.statistics().prefix_tokens == 128
+    assert len(copied) == 2, "what it leaves behind is computed anew"
 
 
 def test_what_is_not_a_hit(engine: Engine, ends: Ends) -> None:

@@ -159,7 +159,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), position=st.integers(0, 4))
     def give_up(self, data: st.DataObject, position: int) -> None:
         holder = data.draw(st.sampled_from(sorted(self.live | self.kept)))
-        expected = len(self.kept.get(holder, "too long")) <= position
+        expected = len(self.kept.get(holder, "too long")) <= position + 1
         assert self.store.give_up(holder, position * PREFIX_ROWS) == expected
         if expected:
             del self.kept[holder]
