@@ -16,6 +16,7 @@ the files are those of the cores that a process may run on, and a process that u
 (``OMP_NUM_THREADS``) takes no turns.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -23,7 +24,6 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import TypeVar
@@ -67,7 +67,7 @@ class Cores:
         with self.alone():
             return function()
 
-    @contextmanager
+    @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """A turn, or after ``patience`` none; not twice at once."""
         if not self._opened:
@@ -120,19 +120,30 @@ class Cores:
     def _open(self) -> tuple[FileIO, FileIO] | None:
         import torch  # here: importing torch_thread.py imports none
 
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else _all_cores()
+        cores = usable_cores()
         if 2 * torch.get_num_threads() <= len(cores):
             return None
         name = f"cores-{sum(1 << core for core in cores):x}"
-        try:
-            folder = self._folder or _folder_of_user()
-            return FileIO(folder / f"{name}.next", "a"), FileIO(folder / f"{name}.turn", "a")
-        except OSError as error:
-            logger.info("no turns with other nodes of this machine: %s", error)
-            return None
+        with contextlib.ExitStack() as opened:
+            try:
+                folder = self._folder or _folder_of_user()
+                following, turn = (
+                    opened.enter_context(FileIO(folder / f"{name}.{part}", "a"))
+                    for part in ("next", "turn")
+                )
+                for file in (following, turn):
+                    fcntl.flock(file, fcntl.LOCK_UN)  # some file systems have no locks
+            except OSError as error:
+                logger.info("no turns with other nodes of this machine: %s", error)
+                return None
+            opened.pop_all()
+            return following, turn
 
 
-def _all_cores() -> set[int]:
+def usable_cores() -> set[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 

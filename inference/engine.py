@@ -410,8 +410,9 @@ class Engine:
 
     def _turn(self) -> float | None:
         """Run a round if one is due; see ``torch_thread.Turn``."""
-        if not self._waiting:  # without the lock: who adds to it wakes the thread behind that
-            return None
+        with self._lock:
+            if not self._waiting:
+                return None
         with self._alone():  # and not while results are given out: they make others compute
             begin = self._clock()
             shares = self._due(begin)

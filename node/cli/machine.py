@@ -7,7 +7,6 @@ what it has come to find. Only those that need torch import it.
 import contextlib
 import errno
 import importlib.metadata
-import os
 import platform
 import shutil
 import socket
@@ -104,12 +103,12 @@ def kernels() -> Finding:
 
 def memory(config: NodeConfig) -> Finding:
     """What is there to hold blocks."""
+    from ...inference.cores import usable_cores
     from ...inference.device import free_memory, resolve_device
 
     device = resolve_device(config.device)
     free = free_memory(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    says = f"{gigabytes(free)} free on {device}; {cores} cores"
+    says = f"{gigabytes(free)} free on {device}; {len(usable_cores())} cores"
     if free < 2**30:
         return note("memory", says, "end other programs; a node without a model needs some 300 MB")
     return good("memory", says)

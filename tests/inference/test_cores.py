@@ -1,5 +1,6 @@
 """Turns of the nodes that share a machine's cores."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -15,7 +16,6 @@ from typing import Protocol
 
 import pytest
 import torch
-from petals.inference import cores as module
 from petals.inference.checkpoint import open_checkpoint
 from petals.inference.cores import Cores
 from petals.inference.tensors import to_wire
@@ -185,7 +185,6 @@ def test_one_that_is_stopped_is_waited_for_once_and_then_seldom(
 def test_who_uses_half_of_the_cores_takes_no_turns(
     tmp_path: Path, make: MakeCores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_all_cores", lambda: set(range(8)))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     with make().alone():
@@ -220,6 +219,16 @@ def test_without_a_folder_there_are_no_turns(
     with closing(Cores()) as ours:
         assert ours.run(lambda: 7) == 7
     assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_where_files_cannot_be_locked_there_are_no_turns(
+    make: MakeCores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    assert make().run(lambda: 7) == 7
 
 
 def test_steps_that_come_while_a_node_waits_for_its_turn_are_in_one_round(
